@@ -1,0 +1,259 @@
+"""Multi-head latent attention (V3 §2.1.1, eq. 1-11; V2 §2.1, App. C), and multi-head, grouped- and multi-query attention beside it.
+
+MLA keeps, per token and layer, the normalised latent c_t^KV and one rotated key k_t^R shared by all heads, and nothing else.
+Training and prefill expand the latent to per-head keys and values; decoding absorbs W^UK into the query and W^UV into the output
+(V2 §2.1.2), which is multi-query attention over the cache. Both are the same function of the same parameters.
+A kind is a frozen dataclass (its shapes and counts) and a Linen module with `__call__(x, layout, cache, tape) -> (out, cache)`.
+Shapes: B batch, T query, S key, D d_model, H heads, G key/value heads, N qk_nope_head_dim, R qk_rope_head_dim, P v_head_dim,
+C kv_lora_rank, Q q_lora_rank.
+"""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model import precision
+from model.errors import freeze, require
+from model.norm import norm_param, rms_norm
+from model.rope import rotate
+from model.sharding import constrain, normal, param
+
+
+class Layout(NamedTuple):
+    """Where the tokens of a call stand: rotation = cos, sin [B, T, R/2]; mask bool [B, T, S] or [B, T, T]; write [B, T] (cache rows)."""
+
+    rotation: Any
+    mask: Any
+    write: Any = None
+    causal_only: bool = False
+
+
+class LayerCache(NamedTuple):
+    """The cache as one layer sees it: kv, the kind's arrays [L, B, S, ...] of all layers, and layer i32 [], its own row of them."""
+
+    kv: dict[str, Any]
+    layer: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class MLA:
+    """Shapes of MLA; q_lora_rank 0: queries straight from x (V2-Lite)."""
+
+    n_heads: int
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+    def __post_init__(self):
+        for name in ("n_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "a positive integer")
+        require(self.q_lora_rank >= 0, "q_lora_rank", self.q_lora_rank, "0 (no compression of queries) or more")
+        require(self.qk_rope_head_dim >= 2 and self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", self.qk_rope_head_dim,
+                "a positive even integer")
+
+    @property
+    def rotated(self) -> int:
+        return self.qk_rope_head_dim
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    def num_params(self, d_model: int) -> int:
+        """Leaves of one attention layer."""
+        return self.matmul_params(d_model) + self.q_lora_rank + self.kv_lora_rank
+
+    def matmul_params(self, d_model: int) -> int:
+        q_out = self.n_heads * self.qk_head_dim
+        q = d_model * self.q_lora_rank + self.q_lora_rank * q_out if self.q_lora_rank else d_model * q_out
+        kv = d_model * (self.kv_lora_rank + self.qk_rope_head_dim)
+        kv += self.kv_lora_rank * self.n_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        return q + kv + self.n_heads * self.v_head_dim * d_model
+
+    def core_flops(self, keys: float) -> float:
+        """Forward FLOPs a token of scores and values over this many keys."""
+        return 2 * self.n_heads * keys * (self.qk_head_dim + self.v_head_dim)
+
+    def cache_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Trailing shapes of the cache arrays, a token and layer."""
+        return {"c": (self.kv_lora_rank,), "k_rope": (self.qk_rope_head_dim,)}
+
+    def module(self, cfg, run) -> nn.Module:
+        return LatentAttention(cfg, run, name="attention")
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedQuery:
+    """Shapes of MHA (n_kv_heads = n_heads), GQA and MQA (n_kv_heads = 1); RoPE on the whole head."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+
+    def __post_init__(self):
+        require(self.n_heads >= 1, "n_heads", self.n_heads, "a positive integer")
+        require(self.n_kv_heads >= 1 and self.n_heads % self.n_kv_heads == 0, "n_kv_heads", self.n_kv_heads,
+                f"a divisor of n_heads={self.n_heads}")
+        require(self.head_dim >= 2 and self.head_dim % 2 == 0, "head_dim", self.head_dim, "a positive even integer")
+
+    @property
+    def rotated(self) -> int:
+        return self.head_dim
+
+    def num_params(self, d_model: int) -> int:
+        return self.matmul_params(d_model)
+
+    def matmul_params(self, d_model: int) -> int:
+        return 2 * d_model * self.head_dim * (self.n_heads + self.n_kv_heads)
+
+    def core_flops(self, keys: float) -> float:
+        return 4 * self.n_heads * keys * self.head_dim
+
+    def cache_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"k": (self.n_kv_heads, self.head_dim), "v": (self.n_kv_heads, self.head_dim)}
+
+    def module(self, cfg, run) -> nn.Module:
+        return GroupedQueryAttention(cfg, run, name="attention")
+
+
+class LatentAttention(nn.Module):
+    """MLA: x [B, T, D] -> (out [B, T, D], LayerCache of c [L, B, S, C] and k_rope [L, B, S, R], or None)."""
+
+    cfg: Any
+    run: Any
+
+    @nn.compact
+    def __call__(self, x_BTD, layout: Layout, cache, tape):
+        a, run, init = self.cfg.attention, self.run, normal(self.cfg.init_std)
+        B, T, D = x_BTD.shape
+        q_width, kv_width = a.n_heads * a.qk_head_dim, a.n_heads * (a.qk_nope_head_dim + a.v_head_dim)
+
+        if a.q_lora_rank:
+            w_q_down = param(self, "q_down", (a.q_lora_rank, D), ("q_lora", "embed"), init)
+            q_norm = norm_param(self, "q_norm", a.q_lora_rank, "q_lora")
+            w_q_up = param(self, "q_up", (q_width, a.q_lora_rank), ("heads", "q_lora"), init)
+            c_q = rms_norm(precision.linear(x_BTD, w_q_down, run, "mla/q_down", tape), q_norm, self.cfg.norm_eps)
+            q = precision.linear(tape.probe("mla", "c_q", c_q), w_q_up, run, "mla/q_up", tape)
+        else:
+            q = precision.linear(x_BTD, param(self, "q", (q_width, D), ("heads", "embed"), init), run, "mla/q", tape)
+        q_BTHK = q.reshape(B, T, a.n_heads, a.qk_head_dim)
+        q_nope, q_rope = q_BTHK[..., :a.qk_nope_head_dim], rotate(q_BTHK[..., a.qk_nope_head_dim:], layout.rotation)
+
+        w_kv_down = param(self, "kv_down", (a.kv_lora_rank + a.qk_rope_head_dim, D), ("kv_lora", "embed"), init)
+        kv_norm = norm_param(self, "kv_norm", a.kv_lora_rank, "kv_lora")
+        w_kv_up = param(self, "kv_up", (kv_width, a.kv_lora_rank), ("heads", "kv_lora"), init)
+        w_out = param(self, "out", (D, a.n_heads * a.v_head_dim), ("embed", "heads"), init)
+        down = precision.linear(x_BTD, w_kv_down, run, "mla/kv_down", tape)
+        c = tape.probe("mla", "c_kv", rms_norm(down[..., :a.kv_lora_rank], kv_norm, self.cfg.norm_eps))
+        k_rope = rotate(down[..., None, a.kv_lora_rank:], layout.rotation)[:, :, 0]
+        if cache is not None:
+            cache, held = append(cache, {"c": c, "k_rope": k_rope}, layout.write)
+            c, k_rope = held["c"].astype(x_BTD.dtype), held["k_rope"].astype(x_BTD.dtype)
+
+        scale = a.qk_head_dim ** -0.5 * self.cfg.rope.scaling.softmax_factor
+        if cache is not None and run.absorbed_max >= T:
+            out = _absorbed(q_nope, q_rope, c, k_rope, precision.raw(w_kv_up, x_BTD.dtype), layout.mask, scale, a)
+        else:
+            kv = precision.linear(c, w_kv_up, run, "mla/kv_up", tape).reshape(B, c.shape[1], a.n_heads, -1)
+            k_nope, v = kv[..., :a.qk_nope_head_dim], kv[..., a.qk_nope_head_dim:]
+            k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], a.qk_rope_head_dim))], axis=-1)
+            out = core(jnp.concatenate([q_nope, q_rope], axis=-1), k, v, layout, scale, run)
+        out = tape.probe("mla", "core", out).reshape(B, T, a.n_heads * a.v_head_dim)
+        return precision.linear(out, w_out, run, "mla/out", tape), cache
+
+
+class GroupedQueryAttention(nn.Module):
+    """MHA, GQA, MQA: x [B, T, D] -> (out [B, T, D], LayerCache of k, v [L, B, S, G, P], or None)."""
+
+    cfg: Any
+    run: Any
+
+    @nn.compact
+    def __call__(self, x_BTD, layout: Layout, cache, tape):
+        a, run, init = self.cfg.attention, self.run, normal(self.cfg.init_std)
+        B, T, D = x_BTD.shape
+
+        def project(name, heads):
+            w = param(self, name, (heads * a.head_dim, D), ("heads", "embed"), init)
+            return precision.linear(x_BTD, w, run, f"gqa/{name}", tape).reshape(B, T, heads, a.head_dim)
+
+        q = rotate(project("q", a.n_heads), layout.rotation)
+        k, v = rotate(project("k", a.n_kv_heads), layout.rotation), project("v", a.n_kv_heads)
+        w_out = param(self, "out", (D, a.n_heads * a.head_dim), ("embed", "heads"), init)
+        if cache is not None:
+            cache, held = append(cache, {"k": k, "v": v}, layout.write)
+            k, v = held["k"].astype(x_BTD.dtype), held["v"].astype(x_BTD.dtype)
+        out = tape.probe("gqa", "core", core(q, k, v, layout, a.head_dim ** -0.5, run))
+        return precision.linear(out.reshape(B, T, -1), w_out, run, "gqa/out", tape), cache
+
+
+def append(cache: LayerCache, new: dict[str, Any], write_BT) -> tuple[LayerCache, dict[str, Any]]:
+    """Puts the rows new [B, T, ...] at write [B, T]; past the capacity they are dropped. Returns the cache and its layer's arrays
+    [B, S, ...]. One scatter into the whole cache: as scan inputs and outputs its layers would be copied at every decode step."""
+    batch = jnp.arange(write_BT.shape[0])[:, None]
+    kv = {k: v.at[cache.layer, batch, write_BT].set(new[k].astype(v.dtype), mode="drop") for k, v in cache.kv.items()}
+    return cache._replace(kv=kv), {k: jax.lax.dynamic_index_in_dim(v, cache.layer, keepdims=False) for k, v in kv.items()}
+
+
+def _absorbed(q_nope, q_rope, c_BSC, k_rope_BSR, w_kv_up, mask, scale, a: MLA):
+    """Attention over the latent cache: score = q^N W^UK c + q^R k^R; out = (softmax c) W^UV (V2 §2.1.2)."""
+    with jax.named_scope("mla/absorbed"):
+        w = w_kv_up.reshape(a.n_heads, a.qk_nope_head_dim + a.v_head_dim, a.kv_lora_rank)
+        w_k, w_v = w[:, :a.qk_nope_head_dim], w[:, a.qk_nope_head_dim:]
+        q_BTHC = jnp.einsum("BTHN,HNC->BTHC", q_nope, w_k)
+        scores = jnp.einsum("BTHC,BSC->BHTS", q_BTHC, c_BSC) + jnp.einsum("BTHR,BSR->BHTS", q_rope, k_rope_BSR)
+        weights = _softmax(scores, mask, scale)
+        return jnp.einsum("BTHC,HPC->BTHP", jnp.einsum("BHTS,BSC->BTHC", weights, c_BSC), w_v)
+
+
+def core(q_BTHK, k_BSGK, v_BSGP, layout: Layout, scale: float, run):
+    """softmax(q k^T scale) v in float32 at least -> [B, T, H, P]; k and v heads are repeated over the query heads of a group."""
+    with jax.named_scope("mla/core"):
+        if _use_cudnn(run.attention, layout, q_BTHK):
+            width = q_BTHK.shape[-1]  # cuDNN wants v as wide as q and k: pad and cut
+            v = jnp.pad(v_BSGP, ((0, 0), (0, 0), (0, 0), (0, width - v_BSGP.shape[-1])))
+            out = jax.nn.dot_product_attention(q_BTHK, k_BSGK, v, scale=scale, is_causal=True, implementation="cudnn")
+            return out[..., :v_BSGP.shape[-1]]
+        repeats = q_BTHK.shape[2] // k_BSGK.shape[2]
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BTHK, k_BSGK, v_BSGP))
+        if repeats > 1:
+            k, v = jnp.repeat(k, repeats, axis=1), jnp.repeat(v, repeats, axis=1)
+        q = constrain(q, ("batch", "heads", "seq", "head"))
+        weights = _softmax(jnp.einsum("BHTK,BHSK->BHTS", q, k), layout.mask, scale)
+        return jnp.swapaxes(jnp.einsum("BHTS,BHSP->BHTP", weights, v), 1, 2)
+
+
+def _use_cudnn(kind: str, layout: Layout, q) -> bool:
+    if kind == "auto":
+        return layout.causal_only and q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
+    return kind == "cudnn" and layout.causal_only
+
+
+def _softmax(scores_BHTS, mask_BTS, scale: float):
+    """Masked softmax over S in float32 at least, back in the dtype of the scores; a row that sees nothing gives junk, finite."""
+    wide = scores_BHTS.astype(jnp.promote_types(scores_BHTS.dtype, jnp.float32)) * scale
+    wide = jnp.where(mask_BTS[:, None], wide, jnp.finfo(wide.dtype).min)
+    return jax.nn.softmax(wide, axis=-1).astype(scores_BHTS.dtype)
+
+
+def _multi_head(config: Mapping, path: str) -> GroupedQuery:
+    return freeze(GroupedQuery, config, path, n_kv_heads=config["n_heads"])
+
+
+def _multi_query(config: Mapping, path: str) -> GroupedQuery:
+    return freeze(GroupedQuery, config, path, n_kv_heads=1)
+
+
+KINDS = {
+    "mla": MLA,
+    "gqa": GroupedQuery,
+    "mha": _multi_head,
+    "mqa": _multi_query,
+}

@@ -1,0 +1,125 @@
+"""Expert matmuls whose cost follows the rows (DeepSeekMoE, V3 §2.1.2: dropless): the block form, and its peers.
+
+`block`: rows are sorted by expert and each group starts at a multiple of `align` rows, so that a block of `align` rows belongs to
+one expert; a scan over the blocks reads that expert's weight in place: nothing is gathered, and the weight gradient adds into
+one accumulator. `ragged` is `lax.ragged_dot`, the oracle: on CPU and GPU it does every expert's work.
+Shapes: M rows, K inputs, N outputs, E experts, b rows a block.
+"""
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+def choose(kind: str) -> str:
+    """The implementation that `auto` stands for on this backend."""
+    return "block" if kind in ("auto", "masked") else kind
+
+
+def block_rows(n_rows: int, n_experts: int) -> int:
+    """Rows a block, a power of two: about half a group at even load, so that padding stays under a third."""
+    target = max(n_rows // (2 * n_experts), 1)
+    return max(8, min(128, 1 << (target.bit_length() - 1)))
+
+
+def block(rows, w, group_sizes, align: int, *, transpose: bool = False):
+    """rows [M, K], w [E, N, K], group_sizes i32 [E] -> [M, N]; rows past the last group give 0. transpose: w [E, K, N] instead."""
+    if align > 1 and rows.shape[0] % align == 0:
+        return _aligned(rows, w, group_sizes, align, transpose)
+    n_rows = rows.shape[0]
+    align = block_rows(n_rows, w.shape[0])
+    position, source, padded_sizes = pad_groups(group_sizes, n_rows, align)
+    return _take(_aligned(_take(rows, source), w, padded_sizes, align, transpose), position)
+
+
+def _take(rows, index):
+    """rows[index], zero where the index is past the end."""
+    return jnp.where(index[:, None] < rows.shape[0], rows[jnp.minimum(index, rows.shape[0] - 1)], 0)
+
+
+def _aligned(rows, w, group_sizes, align: int, transpose: bool):
+    n_blocks, last = rows.shape[0] // align, w.shape[0] - 1
+    experts = _expert_of_block(group_sizes, n_blocks, align)
+    contract = (((1,), (0 if transpose else 1,)), ((), ()))
+
+    def step(_, item):
+        block_of_rows, expert = item
+        weight = jax.lax.dynamic_index_in_dim(w, jnp.minimum(expert, last), keepdims=False)
+        product = jax.lax.dot_general(block_of_rows, weight, contract)
+        return None, jnp.where(expert <= last, product, 0)
+
+    _, out = jax.lax.scan(step, None, (rows.reshape(n_blocks, align, -1), experts))
+    return out.reshape(rows.shape[0], -1)
+
+
+def pad_groups(group_sizes, n_rows: int, align: int):
+    """Positions of sorted rows when each group is padded to a multiple of align.
+
+    Returns position i32 [M] (row -> padded row; past the end for rows of no group), source i32 [P] (padded row -> row; M where
+    padding) and padded group_sizes [E]; P = M rounded up to align + E * align.
+    """
+    n_padded = padded_rows(n_rows, group_sizes.shape[0], align)
+    padded = (group_sizes + align - 1) // align * align
+    ends = jnp.cumsum(group_sizes)
+    index = jnp.arange(n_rows, dtype=jnp.int32)
+    expert = jnp.searchsorted(ends, index, side="right").astype(jnp.int32)
+    shift = jnp.append((jnp.cumsum(padded) - padded) - (ends - group_sizes), n_padded).astype(jnp.int32)
+    position = index + shift[expert]
+    source = jnp.full(n_padded, n_rows, jnp.int32).at[position].set(index, mode="drop")
+    return position, source, padded
+
+
+def padded_rows(n_rows: int, n_experts: int, align: int) -> int:
+    """Rows that always suffice for any split of n_rows over n_experts groups padded to align."""
+    return (n_rows + align - 1) // align * align + n_experts * align
+
+
+def _expert_of_block(group_sizes, n_blocks: int, align: int):
+    """The expert of each block, and E for blocks past the last group."""
+    starts = jnp.arange(n_blocks, dtype=jnp.int32) * align
+    return jnp.searchsorted(jnp.cumsum(group_sizes), starts, side="right").astype(jnp.int32)
+
+
+def weight_gradient(rows, dy, group_sizes, align: int):
+    """dy^T rows by expert: rows [M, K], dy [M, N] -> [E, N, K] in at least float32; rows of no group add nothing."""
+    dtype = jnp.promote_types(rows.dtype, jnp.float32)
+    if align == 1 or rows.shape[0] % align:
+        n_rows = rows.shape[0]
+        align = block_rows(n_rows, group_sizes.shape[0])
+        _, source, group_sizes = pad_groups(group_sizes, n_rows, align)
+        rows, dy = _take(rows, source), _take(dy, source)
+    n_blocks, n_experts = rows.shape[0] // align, group_sizes.shape[0]
+    experts = _expert_of_block(group_sizes, n_blocks, align)
+
+    def step(total, item):
+        x, g, expert = item
+        product = jax.lax.dot_general(g, x, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
+        return total.at[expert].add(product, mode="drop"), None
+
+    start = jnp.zeros((n_experts, dy.shape[1], rows.shape[1]), dtype)
+    blocks = (rows.reshape(n_blocks, align, -1), dy.reshape(n_blocks, align, -1), experts)
+    return jax.lax.scan(step, start, blocks)[0]
+
+
+def ragged(rows, w, group_sizes, align: int, *, transpose: bool = False):
+    """lax.ragged_dot on rows [M, K], w [E, N, K] (transpose: [E, K, N]) -> [M, N]."""
+    del align
+    return jax.lax.ragged_dot(rows, w if transpose else w.swapaxes(1, 2), group_sizes)
+
+
+class Grouped(NamedTuple):
+    """The three products of an expert linear; weights [E, N, K]."""
+
+    product: Callable
+    input_gradient: Callable
+    weight_gradient: Callable
+
+
+KINDS = {
+    "block": Grouped(block, functools.partial(block, transpose=True), weight_gradient),
+    "ragged": Grouped(ragged, functools.partial(ragged, transpose=True), weight_gradient),
+}

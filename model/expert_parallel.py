@@ -1,0 +1,148 @@
+"""Dispatch and combine around the experts (V3 §3.2.2), and EPLB (V3 §3.4.1).
+
+`dispatch` sorts the M*K (token, expert) pairs by expert and starts each group at a multiple of `align` rows (128 on the GPU, so
+that no 128x1 scale tile crosses a group; the block size of the block form on the CPU); `combine` weights the rows and adds them
+back to their tokens. Both directions are gathers: forwards rows[i] = x[token of i], backwards dx[t] = sum of the K rows of t.
+No token is ever dropped. Shapes: M tokens, K chosen, E experts, P padded rows, D width.
+"""
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model import block_matmul
+
+
+class Route(NamedTuple):
+    """position i32 [M, K]: the row of each (token, choice); source i32 [P]: the flat (token, choice) of each row, M*K if padding."""
+
+    position: Any
+    source: Any
+
+
+def apply(run_experts, x_MD, weights_MK, experts_MK, w_up, w_down, cfg, run, tape):
+    """The routed part of an MoE layer: dispatch, run_experts(rows, group_sizes, align, w_up, w_down, tape), combine -> [M, D]."""
+    E = cfg.moe.n_routed_experts
+    align = row_alignment(experts_MK.size, E)
+    with jax.named_scope("moe/dispatch"):
+        route, group_sizes = plan(experts_MK, E, align)
+        rows = dispatch(x_MD, route)
+    with jax.named_scope("moe/experts"):
+        rows = run_experts(rows, group_sizes, align, w_up, w_down, tape)
+    with jax.named_scope("moe/combine"):
+        return combine(rows, weights_MK, route)
+
+
+def row_alignment(n_rows: int, n_experts: int) -> int:
+    """Rows each group starts at a multiple of."""
+    return 128 if jax.default_backend() == "gpu" else block_matmul.block_rows(n_rows, n_experts)
+
+
+def plan(experts_MK, n_experts: int, align: int) -> tuple[Route, Any]:
+    """(Route, group_sizes i32 [E], each a multiple of align) for experts i32 [M, K]."""
+    flat = experts_MK.reshape(-1)
+    n = flat.shape[0]
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    sizes = jnp.zeros(n_experts, jnp.int32).at[flat].add(1)
+    position_sorted, source_sorted, padded = block_matmul.pad_groups(sizes, n, align)
+    position = jnp.zeros(n, jnp.int32).at[order].set(position_sorted)
+    source = jnp.where(source_sorted < n, order[jnp.minimum(source_sorted, n - 1)], n)
+    return Route(position.reshape(experts_MK.shape), source), padded
+
+
+@jax.custom_vjp
+def dispatch(x_MD, route: Route):
+    """rows [P, D]: each padded row its token's vector, zero where padding."""
+    n, top_k = route.position.size, route.position.shape[1]
+    token = jnp.minimum(route.source, n - 1) // top_k
+    return jnp.where(route.source[:, None] < n, x_MD[token], 0)
+
+
+def _dispatch_backward(route, g_PD):
+    return jnp.sum(g_PD[route.position], axis=1), None
+
+
+dispatch.defvjp(lambda x, route: (dispatch(x, route), route), _dispatch_backward)
+
+
+@jax.custom_vjp
+def combine(rows_PD, weights_MK, route: Route):
+    """out [M, D]: the K rows of each token times their weights, added in the dtype of the weights, returned in that of the rows."""
+    picked = rows_PD[route.position].astype(weights_MK.dtype)
+    return jnp.einsum("MKD,MK->MD", picked, weights_MK).astype(rows_PD.dtype)
+
+
+def _combine_backward(residuals, g_MD):
+    rows, weights, route = residuals
+    n, top_k = weights.size, weights.shape[1]
+    source = jnp.minimum(route.source, n - 1)
+    row_weight = jnp.where(route.source < n, weights.reshape(-1)[source], 0)
+    g = g_MD.astype(weights.dtype)
+    d_rows = (g[source // top_k] * row_weight[:, None]).astype(rows.dtype)
+    d_weights = jnp.einsum("MD,MKD->MK", g, rows[route.position].astype(weights.dtype))
+    return d_rows, d_weights, None
+
+
+combine.defvjp(lambda rows, weights, route: (combine(rows, weights, route), (rows, weights, route)), _combine_backward)
+
+
+def rebalance_experts(load, n_replicas: int, n_groups: int, n_nodes: int, n_gpus: int):
+    """EPLB: (physical_to_logical [L, R], logical_to_physical [L, E, max count] padded with -1, count [L, E]) for load [L, E].
+
+    Hierarchical where the groups divide over the nodes: groups to nodes, replicas inside a node, replicas to its GPUs; else the
+    same with one group and one node. numpy, on the host. Raises ValueError on sizes that do not divide.
+    """
+    load = np.asarray(load, np.float64)
+    n_layers, n_experts = load.shape
+    if n_groups % n_nodes:
+        n_groups = n_nodes = 1
+    for name, big, small in (("experts over n_groups", n_experts, n_groups), ("n_gpus over n_nodes", n_gpus, n_nodes),
+                             ("n_replicas over n_gpus", n_replicas, n_gpus)):
+        if big % small:
+            raise ValueError(f"{name}: found {big} over {small}, allowed: a multiple")
+    if n_replicas < n_experts:
+        raise ValueError(f"n_replicas: found {n_replicas}, allowed: at least the {n_experts} experts")
+    physical, rank = np.zeros((2, n_layers, n_replicas), np.int64)
+    count = np.zeros((n_layers, n_experts), np.int64)
+    group_size, per_node = n_experts // n_groups, n_replicas // n_nodes
+    for layer in range(n_layers):
+        groups = _pack(load[layer].reshape(n_groups, group_size).sum(axis=1), n_nodes)
+        for node, members in enumerate(groups):
+            experts = np.concatenate([np.arange(g * group_size, (g + 1) * group_size) for g in members])
+            replica_of, replica_rank, copies = _replicate(load[layer][experts], per_node)
+            packs = _pack((load[layer][experts] / copies)[replica_of], n_gpus // n_nodes)
+            order, place = np.concatenate(packs), slice(node * per_node, (node + 1) * per_node)
+            physical[layer, place], rank[layer, place] = experts[replica_of[order]], replica_rank[order]
+            count[layer, experts] = copies
+    logical = np.full((n_layers, n_experts, count.max()), -1, np.int64)
+    for layer in range(n_layers):
+        logical[layer, physical[layer], rank[layer]] = np.arange(n_replicas)
+    return physical, logical, count
+
+
+def _pack(weight, n_packs: int):
+    """Heaviest first, each into the lightest pack with room; lists of indices, one a pack; one item a pack: as they come."""
+    room = len(weight) // n_packs
+    if room == 1:
+        return [[i] for i in range(n_packs)]
+    packs, sums = [[] for _ in range(n_packs)], np.zeros(n_packs)
+    for i in np.argsort(-weight, kind="stable"):
+        open_packs = [p for p in range(n_packs) if len(packs[p]) < room]
+        lightest = min(open_packs, key=lambda p: sums[p])
+        packs[lightest].append(int(i))
+        sums[lightest] += weight[i]
+    return packs
+
+
+def _replicate(weight, n_replicas: int):
+    """(expert and rank of each replica, copies of each expert): one each, then the most loaded per copy, first on ties."""
+    copies, replica_of, rank = np.ones(len(weight), np.int64), list(range(len(weight))), [0] * len(weight)
+    for _ in range(n_replicas - len(weight)):
+        expert = int(np.argmax(weight / copies))
+        replica_of.append(expert)
+        rank.append(int(copies[expert]))
+        copies[expert] += 1
+    return np.array(replica_of), np.array(rank), copies

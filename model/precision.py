@@ -1,0 +1,210 @@
+"""Which matmul runs how (V3 §3.3): `prepare`, `linear`, `grouped_linear`, `weight_gradient`, `raw`.
+
+Weights are stored [N, K] (outputs, inputs), FP32 masters; a pair of weights of one input is [2, N, K]; experts lead with E. A
+product is x W^T. `prepare` makes, once an optimizer step, the low-precision copy each product reads; gradients reach the master.
+Kinds: as_stored computes in the dtype of the parameters; bf16 and fp32 in theirs. Norms, gate, softmax and RoPE are FP32 at least,
+whatever the kind.
+Shapes: M rows, K inputs, N outputs, E experts.
+"""
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from model import block_matmul
+from model import tape as tapes
+from model.errors import UserError
+
+
+class Weight(NamedTuple):
+    """A matmul weight: FP32 master (None: stored FP8, cannot train), its copy in low precision, and block scales (None: unscaled)."""
+
+    master: Any
+    low: Any
+    scale: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """A kind of KINDS."""
+
+    kind: str = "as_stored"
+
+    @property
+    def dtype(self):
+        """The dtype activations are computed in; None: that of the parameters."""
+        return KINDS[self.kind]
+
+
+# kind -> dtype of activations. as_stored leaves every array as it is.
+KINDS = {"as_stored": None, "bf16": jnp.bfloat16, "fp32": jnp.float32}
+
+# The names of matmul weights in params: what `prepare` replaces. Embedding, head and gate stay as stored (V3 §3.3.1).
+MATMULS = frozenset({"q", "q_down", "q_up", "kv_down", "kv_up", "k", "v", "out", "gate_up", "down", "proj"})
+
+
+def is_weight(leaf: Any) -> bool:
+    """True for a Weight: the leaf test of trees that may hold them."""
+    return isinstance(leaf, Weight)
+
+
+def prepare(params: Any, run) -> Any:
+    """params with each matmul weight replaced by Weight(master, low, scale); nothing changes where the kind adds no copy.
+
+    Call once an optimizer step, outside the micro-batch and layer scans.
+    """
+    dtype = run.precision.dtype
+
+    def one(path, leaf):
+        if is_weight(leaf) or dtype is None or path[-1].key not in MATMULS or leaf.dtype == dtype:
+            return leaf
+        return Weight(leaf, leaf.astype(dtype), None)
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_weight)
+
+
+def with_masters(prepared: Any, params: Any) -> Any:
+    """prepared with its masters (and plain leaves) taken from params: what a loss differentiates, the copies being constants."""
+    def one(old, new):
+        return Weight(new, jax.lax.stop_gradient(old.low), old.scale) if is_weight(old) else new
+
+    return jax.tree.map(one, prepared, params, is_leaf=is_weight)
+
+
+def raw(w, dtype):
+    """The plain array of a weight in dtype: dequantised if it is stored in blocks, the low copy otherwise."""
+    if not is_weight(w):
+        return w.astype(dtype)
+    if w.scale is None:
+        return (w.low if w.master is None else _low_as(w.master, w.low)).astype(dtype)
+    return dequantize(w.low, w.scale, dtype)
+
+
+def dequantize(low, scale, dtype):
+    """low [..., N, K] times scale [..., ceil(N/128), ceil(K/128)] repeated over 128 x 128 blocks (README_WEIGHTS of V3)."""
+    n, k = low.shape[-2:]
+    full = jnp.repeat(jnp.repeat(scale, 128, axis=-2), 128, axis=-1)[..., :n, :k]
+    return (low.astype(jnp.float32) * full).astype(dtype)
+
+
+@jax.custom_vjp
+def _low_as(master, low):
+    """low, with gradients flowing to master."""
+    return low
+
+
+_low_as.defvjp(lambda master, low: (low, master), lambda master, g: (g.astype(master.dtype), jnp.zeros_like(g)))
+
+
+def linear(x, w, run, site: str, tape: tapes.LayerTape | None = None):
+    """x [..., K] times w [N, K]^T -> [..., N] in x's dtype; w [2, N, K] gives [..., 2N]. w: array or Weight."""
+    flat = x.reshape(-1, x.shape[-1])  # with 3-D inputs XLA's CPU weight gradient runs on one thread
+    w = _merge(w, 0)
+    with jax.named_scope(site):
+        y = tapes.write(tape, site, flat, lambda stored: _dense(flat, w, stored))
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def grouped_linear(rows, group_sizes, w, run, site: str, tape: tapes.LayerTape | None = None, *, align: int = 1):
+    """rows [M, K], sorted by expert, times each one's w [E, N, K]^T (or [E, 2, N, K]) -> [M, N]; rows past the last group give 0.
+
+    group_sizes i32 [E]; `align` is a number every group size is known to be a multiple of (dispatch pads to it).
+    """
+    static = (block_matmul.choose(run.experts), align)
+    w = _merge(w, 1)
+    with jax.named_scope(site):
+        return tapes.write(tape, site, rows, lambda stored: _grouped(static, rows, w, group_sizes, stored), group_sizes)
+
+
+def weight_gradient(x, dy, site: str, run, group_sizes=None):
+    """The weight part of a backward: dy^T x, f32 or wider, [N, K] (experts: [E, N, K]) from a record's input and its dy.
+
+    x [M, K], dy [M, N] as recorded by the tape of `linear`; with group_sizes as recorded by that of `grouped_linear`.
+    """
+    with jax.named_scope(f"{site}/weight_gradient"):
+        if group_sizes is None:
+            return _dense_weight_gradient(x, dy)
+        return block_matmul.KINDS[block_matmul.choose(run.experts)].weight_gradient(x, dy, group_sizes, 1)
+
+
+def _merge(w, axis: int):
+    """A weight [..., 2, N, K] seen as [..., 2N, K]; one stored in blocks is dequantised first (its edge blocks may be partial)."""
+    def flat(leaf):
+        return None if leaf is None else leaf.reshape(*leaf.shape[:axis], -1, leaf.shape[-1])
+
+    if not is_weight(w):
+        return flat(w)
+    if w.scale is None:
+        return Weight(flat(w.master), flat(w.low), None)
+    return Weight(None, flat(dequantize(w.low, w.scale, jnp.bfloat16)), None)
+
+
+def _operand(w, dtype):
+    return (w.low if is_weight(w) else w).astype(dtype)
+
+
+def _gradient_of(w, dw):
+    """dw as the cotangent of w: of the array, or of the master with nothing for the copy."""
+    if not is_weight(w):
+        return dw.astype(w.dtype)
+    return Weight(None if w.master is None else dw.astype(w.master.dtype), jnp.zeros_like(w.low), None)
+
+
+def _refuse_stored(w):
+    if is_weight(w) and w.master is None:
+        raise UserError("params: weights stored in FP8 have no masters and cannot train, allowed: load them with a float dtype")
+
+
+def _dense_weight_gradient(x, dy):
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return jax.lax.dot_general(dy, x, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
+
+
+@jax.custom_vjp
+def _dense(x, w, stored):
+    """x w^T, or its stored value (the product is then dropped, its gradients are not)."""
+    return stored if stored is not None else jax.lax.dot_general(x, _operand(w, x.dtype), (((1,), (1,)), ((), ())))
+
+
+def _dense_forward(x, w, stored):
+    _refuse_stored(w)
+    return _dense(x, w, stored), (x, w, stored is not None)
+
+
+def _dense_backward(residuals, dy):
+    x, w, replayed = residuals
+    dx = jax.lax.dot_general(dy, _operand(w, dy.dtype), (((1,), (0,)), ((), ())))
+    return dx, _gradient_of(w, _dense_weight_gradient(x, dy)), jnp.zeros_like(dy) if replayed else None
+
+
+_dense.defvjp(_dense_forward, _dense_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped(static, rows, w, group_sizes, stored):
+    """Each group's rows times its expert's weight, or the stored value."""
+    if stored is not None:
+        return stored
+    implementation, align = static
+    return block_matmul.KINDS[implementation].product(rows, _operand(w, rows.dtype), group_sizes, align)
+
+
+def _grouped_forward(static, rows, w, group_sizes, stored):
+    _refuse_stored(w)
+    return _grouped(static, rows, w, group_sizes, stored), (rows, w, group_sizes, stored is not None)
+
+
+def _grouped_backward(static, residuals, dy):
+    rows, w, group_sizes, replayed = residuals
+    implementation, align = static
+    kind = block_matmul.KINDS[implementation]
+    dx = kind.input_gradient(dy, _operand(w, dy.dtype), group_sizes, align)
+    dw = kind.weight_gradient(rows, dy, group_sizes, align)
+    return dx, _gradient_of(w, dw), None, jnp.zeros_like(dy) if replayed else None
+
+
+_grouped.defvjp(_grouped_forward, _grouped_backward)

@@ -1,0 +1,138 @@
+"""Pretraining (V3 §4): next-token loss plus the MTP losses over packed rows of a corpus.
+
+L = -sum_t w_t log p(t_t) / W + (lambda / D) sum_k -sum_t w_t log p^k(t_t) / W (V3 eq. 24-25 divides every depth by the same count),
+W the weight of the whole batch. lr, lambda and the bias rate follow V3's schedules (schedules.py) as traced scalars.
+"""
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data import corpus
+from data import tokenizer as tokenizers
+from model.errors import freeze, leaf, require, user_input
+from train import evaluate, loop, report, schedules
+from train.metrics import prepare_workdir, table
+from train.step import token_logp
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Bits per byte by domain every `every` steps (0: only at the end), on the first `max_bytes` held-out bytes of each domain."""
+
+    every: int
+    max_bytes: int
+    batch_size: int
+
+
+def pretrain(config, workdir: str, name: str = "pretrain", stage: str | None = None) -> None:
+    """The job: config[name] = dict(steps, batch_size, n_micro, seq_len, lr, ramp, mtp_weight, bias_rate, eval)."""
+    path = pathlib.Path(workdir) if stage else prepare_workdir(workdir, config)
+    sub = config[name]
+    s = loop.setup(config, path, name, stage)
+    steps, batch_size, n_micro, seq_len = (leaf(sub, k, int, name) for k in ("steps", "batch_size", "n_micro", "seq_len"))
+    for key, value in dict(steps=steps, batch_size=batch_size, n_micro=n_micro).items():
+        require(value >= 1, f"{name}.{key}", value, "a positive integer")
+    require(seq_len >= 2, f"{name}.seq_len", seq_len, "at least 2")
+    require(batch_size % n_micro == 0, f"{name}.batch_size", batch_size, f"a multiple of n_micro={n_micro}")
+    ramp, lr = schedules.parse_ramp(sub.ramp, f"{name}.ramp"), schedules.parse_lr(sub.lr, f"{name}.lr")
+    mtp_weight = schedules.parse_switch(sub.mtp_weight, f"{name}.mtp_weight")
+    bias_rate = schedules.parse_switch(sub.bias_rate, f"{name}.bias_rate")
+    evaluation = freeze(Eval, sub.eval, f"{name}.eval")
+    with user_input("data"):
+        spec = corpus.parse(config.data)
+    with user_input("tokenizer"):
+        tokenizer = tokenizers.parse(config.tokenizer)
+    require(tokenizer.vocab_size <= s.cfg.vocab_size, "model.vocab_size", s.cfg.vocab_size, f"at least the tokenizer's {tokenizer.vocab_size}")
+
+    rows = batch_size // n_micro
+    plan = schedules.plan(steps, batch_size, ramp, multiple=rows)
+    with user_input("data"):
+        iterator = corpus.make_iterator(spec, tokenizer, batch_size=rows, seq_len=seq_len, n_micro=1, seed=s.seed)
+        domains = {d: clip_bytes(corpus.validation_documents(spec, d), evaluation.max_bytes) for d in spec.domains}
+    s.logger.event("corpus", 0, **corpus.describe(spec))
+
+    def knobs(step: int) -> dict:
+        p = plan.progress[step]
+        return dict(lr=lr(step, p), clip=s.optimizer.clip, mtp_weight=mtp_weight(p), bias_rate=bias_rate(p),
+                    n_micro=np.int32(plan.rows[step] // rows))
+
+    def shape_batch(step: int, iterator) -> dict:
+        """The step's micro-batches, up to the largest number with empty ones: a batch ramp compiles once."""
+        parts = [next(iterator) for _ in range(plan.rows[step] // rows)]
+        batch = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+        if spec.packing.kind == "concat":  # one causal sequence a row: no mask but the causal one
+            batch = {k: batch[k] for k in ("tokens", "weight")}
+        return {k: np.pad(v, [(0, n_micro - len(v))] + [(0, 0)] * (v.ndim - 1)) for k, v in batch.items()}
+
+    logp = evaluate.make_logp(s.cfg, s.run)
+
+    def evaluate_domains(state, progress) -> None:
+        scores = {d: evaluate.bits_per_byte(logp, state.params, state.router_bias, docs, tokenizer, batch_size=evaluation.batch_size,
+                                            seq_len=seq_len) for d, docs in domains.items()}
+        s.logger.event("eval", int(state.step), bits_per_byte=scores)
+        progress.note(f"{name} step {int(state.step)}: held-out bits per byte " + ", ".join(f"{d} {v:.3f}" for d, v in scores.items()))
+
+    hooks = {evaluation.every: evaluate_domains}
+    try:
+        state = loop.fit(s, iterator, steps, knobs, loss_of(s.cfg.mtp_depth), shape_batch=shape_batch, hooks=hooks,
+                         shown=("loss", "mtp_loss", "moe/max_violation"))
+    except loop.Stopped:
+        return
+    if stage is None:
+        finish(s, state, spec, tokenizer, domains, logp, evaluation, seq_len)
+
+
+def loss_of(mtp_depth: int) -> Callable:
+    """loss(output, microbatch, totals) for a model with this many MTP modules."""
+    def loss(output, microbatch, totals):
+        tokens, weight = microbatch["tokens"], microbatch["weight"]
+        main = -jnp.sum(weight * token_logp(output.logits, tokens)) / totals["weight"]
+        metrics = {"main_loss": main}
+        if mtp_depth:
+            depths = [mtp_loss(logits, tokens, weight, microbatch.get("segment_ids"), k) for k, logits in enumerate(output.mtp_logits)]
+            metrics["mtp_loss"] = functools.reduce(jnp.add, depths) / totals["weight"] / mtp_depth
+        return main + microbatch["knobs"]["mtp_weight"] * metrics.get("mtp_loss", 0.0), metrics
+
+    return loss
+
+
+def mtp_loss(logits, tokens, weight, segment_ids, k: int):
+    """-sum w_t log p^k(t_t): depth k's position i predicts token i+2+k, if that lies in the same segment as token i."""
+    skip = 1 + k
+    logp = token_logp(logits[:, :-skip], jnp.concatenate([tokens[:, :1], tokens[:, 1 + skip:]], axis=1))[:, 1:]
+    weight = weight[:, 1 + skip:]
+    if segment_ids is not None:
+        weight = jnp.where(segment_ids[:, 1 + skip:] == segment_ids[:, :-1 - skip], weight, 0)
+    return -jnp.sum(weight * logp)
+
+
+def clip_bytes(documents: list[str], max_bytes: int) -> list[str]:
+    """The first documents that together hold max_bytes bytes, the last one cut."""
+    kept, left = [], max_bytes
+    for document in documents:
+        if left <= 0:
+            break
+        kept.append(document.encode()[:left].decode(errors="ignore"))
+        left -= len(kept[-1].encode())
+    return kept
+
+
+def finish(s: loop.Setup, state, spec, tokenizer, domains, logp, evaluation: Eval, seq_len: int) -> None:
+    """The closing table: bits per byte by domain beside a byte bigram fitted on the same split; then the report."""
+    rows = []
+    for domain, docs in domains.items():
+        ours = evaluate.bits_per_byte(logp, state.params, state.router_bias, docs, tokenizer, batch_size=evaluation.batch_size,
+                                      seq_len=seq_len)
+        bigram = evaluate.bigram_bits_per_byte(corpus.documents(spec, domain, "train"), docs)
+        rows.append((domain, ours, bigram, "below" if ours < bigram else "NOT below"))
+    s.logger.event("closing", int(state.step), bits_per_byte={r[0]: r[1] for r in rows}, bigram={r[0]: r[2] for r in rows})
+    if jax.process_index() == 0:
+        print(table("held-out bits per byte", ("domain", "model", "byte bigram", "model is"), rows))
+        print(f"report: {report.write(s.workdir)}")
