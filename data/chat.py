@@ -1,26 +1,27 @@
 """Conversations -> ids and which of them carry loss (V3's template: bos, system, User turn, Assistant turn, eos).
 
 `<bos>{system}<User>{question}<Assistant>{answer}<eos>`, further turns appended; loss on each answer and its eos alone.
-Reads JSONL in the usual shapes: {"messages": [{"role", "content"}, ...]}, {"prompt": str, "completion": str} (raw text, no
-turn marks), or prompt and completion as lists of messages.
+Reads JSONL in the usual shapes: {"messages": [{"role", "content"}, ...]}, {"prompt": str, "completion": str} (raw
+text, no turn marks), or prompt and completion as lists of messages.
 """
 import json
 import pathlib
 
 import numpy as np
 
-from data.tasks.miniature import encode_completion, encode_prompt
-
 ROLES = ("system", "user", "assistant")
 SHAPES = '{"messages": [{"role", "content"}, ...]} or {"prompt", "completion"}'
 
 
 def encode(example: dict, tokenizer) -> dict[str, np.ndarray]:
-    """One row of `read` -> dict(tokens int32[n], weight float32[n]), the weight 1 where the answer is predicted, else 0."""
+    """One row of `read` -> dict(tokens int32[n], weight float32[n]), the weight 1 where the answer is predicted, else
+    0.
+    """
     if "messages" in example:
         ids, mask = render(example["messages"], tokenizer)
     else:
-        prompt, answer = encode_prompt(tokenizer, example["prompt"]), encode_completion(tokenizer, example["completion"])
+        prompt = [tokenizer.bos, *tokenizer.encode(example["prompt"])]
+        answer = [*tokenizer.encode(example["completion"]), tokenizer.eos]
         ids, mask = prompt + answer, [0] * len(prompt) + [1] * len(answer)
     return dict(tokens=np.asarray(ids, np.int32), weight=np.asarray(mask, np.float32))
 
@@ -102,7 +103,9 @@ def _parse(line: str) -> tuple[dict | None, str | None]:
 
 
 def _messages_complaint(messages, *, answered: bool) -> str | None:
-    """What is wrong with a conversation: system first if at all, then user and assistant in turn, the last one's turn done."""
+    """What is wrong with a conversation: system first if at all, then user and assistant in turn, the last one's turn
+    done.
+    """
     if not isinstance(messages, list) or not messages:
         return f"'messages' is {messages!r:.40}; a list of at least one message"
     expected = "user"
@@ -120,5 +123,6 @@ def _messages_complaint(messages, *, answered: bool) -> str | None:
             return f"message {i} is an empty answer"
         expected = "user" if role == "assistant" else "assistant"
     if (expected == "user") != answered:
-        return f"the last message is of {messages[-1]['role']!r}; it should be the {'assistant' if answered else 'user'}'s"
+        wanted = "assistant" if answered else "user"
+        return f"the last message is of {messages[-1]['role']!r}; it should be of {wanted!r}"
     return None

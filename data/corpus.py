@@ -25,7 +25,7 @@ from data.tasks import miniature
 SOURCES = ("code", "prose", "text", "tasks")
 # tests and the like are not what a library reads like; encodings are near-equal tables on both sides of the split;
 # _sysconfigdata is this machine's build
-_LEFT_OUT = {"test", "tests", "site-packages", "encodings", "idlelib", "pydoc_data", "lib-dynload", "__pycache__"}
+_LEFT_OUT = set("test tests site-packages encodings idlelib lib2to3 pydoc_data lib-dynload __pycache__".split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +52,11 @@ def parse(config) -> DataSpec:
     weights = tuple(float(config["weights"][s]) for s in SOURCES)
     if min(weights) < 0 or sum(weights) <= 0:
         raise ValueError(f"data.weights: {dict(zip(SOURCES, weights, strict=True))}; none below 0, at least one above")
+    files = config["text"]["files"]
     spec = DataSpec(
         weights=weights,
         max_bytes=_whole("data.max_bytes", config["max_bytes"], 0),
-        files=tuple(config["text"]["files"]),
+        files=(files,) if isinstance(files, str) else tuple(files),
         validation_every=_whole("data.validation_every", config["validation_every"], 2),
         fim_rate=float(config["fim"]["rate"]),
         packing=packing.parse(config["packing"]),
@@ -72,7 +73,7 @@ def parse(config) -> DataSpec:
     return spec
 
 
-@functools.lru_cache(4)
+@functools.lru_cache(16)
 def documents(spec: DataSpec, domain: str, split: str) -> tuple[str, ...]:
     """The texts of one domain and split ('train' | 'validation'). Task documents are endless: a sample of them."""
     if split not in ("train", "validation"):

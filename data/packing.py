@@ -141,7 +141,7 @@ class Rows:
     def __init__(self, lengths, fetch: Callable[[int, int], dict], packing: Packing, seq_len: int, seed: int, pad: int):
         self.lengths, self.packing, self.seq_len, self.seed, self.pad = np.asarray(lengths), packing, seq_len, seed, pad
         self.layout = functools.lru_cache(2)(self._layout)
-        self.fetch = functools.lru_cache(64)(fetch)
+        self.fetch = functools.lru_cache(4096)(fetch)
         self.n_rows = self.layout(0)[0].n_rows
         if not self.n_rows:
             raise ValueError(f"data: no document fits rows of {seq_len} tokens ({len(self.lengths)} documents)")
@@ -160,13 +160,12 @@ class Rows:
         epoch, k = divmod(int(i), self.n_rows)
         layout, document, row_order, first = self.layout(epoch)
         here = slice(first[row_order[k]], first[row_order[k] + 1])
-        documents, local = np.unique(document[here], return_inverse=True)
-        fetched = [self.fetch(epoch, int(d)) for d in documents]
-        lengths = self.lengths[documents]
-        one = Layout(1, np.zeros_like(layout.row[here]), layout.column[here], layout.segment[here], local,
-                     layout.start[here], layout.size[here])  # fmt: skip
-        columns = {name: np.concatenate([f[name] for f in fetched]) for name in fetched[0]}
-        rows = place(one, columns, np.cumsum(lengths) - lengths, self.seq_len, self.pad)
+        start, size = layout.start[here], layout.size[here]
+        parts = [(self.fetch(epoch, int(d)), slice(s, s + n)) for d, s, n in zip(document[here], start, size, strict=True)]
+        columns = {name: np.concatenate([columns[name][part] for columns, part in parts]) for name in parts[0][0]}
+        zeros = np.zeros_like(size)
+        one = Layout(1, zeros, layout.column[here], layout.segment[here], np.arange(len(size)), zeros, size)
+        rows = place(one, columns, np.cumsum(size) - size, self.seq_len, self.pad)
         return {name: value[0] for name, value in rows.items()}
 
 

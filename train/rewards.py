@@ -13,11 +13,12 @@ from data.tasks.answer import extract_answer
 from data.tasks.families import verify
 from train import sandbox
 
-_FORMAT = re.compile(r"\s*<think>(?:(?!</?(?:think|answer)>).)*</think>\s*"
-                     r"<answer>(?:(?!</?(?:think|answer)>).)*\S(?:(?!</?(?:think|answer)>).)*</answer>\s*", re.S)  # fmt: skip
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_FORMAT = re.compile(r"\s*<think>.*</think>\s*<answer>(.*)</answer>\s*", re.S)
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff\u3007"
 _WORD = re.compile(rf"[{_HAN}]|[^\W\d_{_HAN}]+|[0-9]+")
-_SCRIPTS = dict(en="[A-Za-z\u00c0-\u024f]", zh=f"[{_HAN}]", ja=f"[\u3040-\u30ff{_HAN}]", ko="[\uac00-\ud7af]", ru="[\u0400-\u04ff]")
+_SCRIPTS = dict(en="[A-Za-z\u00c0-\u024f]", zh=f"[{_HAN}]", ja=f"[\u3040-\u30ff{_HAN}]", ko="[\uac00-\ud7af]",
+                ru="[\u0400-\u04ff]")  # fmt: skip
 _NUMERALS = re.compile("[0-9]+|[零〇一二三四五六七八九]")
 
 
@@ -26,12 +27,14 @@ def accuracy(completion: str, answer: str) -> float:
     solution.
     """
     found = extract_answer(completion)
-    return float(found is not None and grading.same(found, extract_answer(answer) or answer))
+    gold = str(answer)
+    return float(found is not None and grading.same(found, extract_answer(gold) or gold))
 
 
 def format(completion: str) -> float:
     """1 if the whole completion is one `<think>...</think>` (may be empty) and one non-blank `<answer>...</answer>`."""
-    return float(_FORMAT.fullmatch(completion) is not None)
+    match = _FORMAT.fullmatch(completion) if all(completion.count(tag) == 1 for tag in _TAGS) else None
+    return float(match is not None and bool(match[1].strip()))
 
 
 def language_consistency(completion: str, language: str) -> float:
@@ -54,23 +57,22 @@ def language_consistency(completion: str, language: str) -> float:
 
 
 def soft_overlong(length: int, max_length: int, cache: int) -> float:
-    """DAPO's length penalty (2503.14476, eq. 13): 0 up to max_length - cache, falling to -1 at max_length, -1 beyond."""
+    """DAPO's length penalty (2503.14476, eq. 13): 0 up to max_length - cache, then to -1 at max_length, -1 beyond."""
     if length <= max_length - cache:
         return 0.0
     return -1.0 if length > max_length else (max_length - cache - length) / cache
 
 
 def code(completion: str, tests: str, **limits) -> float:
-    """1 if the last fenced Python block outside the thinking runs with `tests` (asserts) to their end in the sandbox."""
+    """1 if the last fenced Python block outside the thinking runs `tests` (asserts) to their end in the sandbox."""
     blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", grading.outside_thinking(completion), re.S)
     return float(bool(blocks) and sandbox.run(blocks[-1], tests=tests, **limits).finished)
 
 
 def columns(problems: list) -> dict[str, list]:
     """What the functions below read, from Problems in the order of the completions."""
-    return dict(
-        problem=problems, answer=[p.answer for p in problems], language=[p.meta.get("language", "en") for p in problems]
-    )
+    language = [p.meta.get("language", "en") for p in problems]
+    return dict(problem=problems, answer=[p.answer for p in problems], language=language)
 
 
 def check(names, problems: list, completion) -> None:
@@ -88,7 +90,8 @@ def check(names, problems: list, completion) -> None:
         hacks = {"empty": "", "untagged": a, "only in thinking": f"<think> <answer> {a} </answer> </think>",
                  "unclosed": f"<answer> {a}", "blank": "<think> </think> <answer> </answer>",
                  "every digit": "<think> </think> <answer> 0 1 2 3 4 5 6 7 8 9 </answer>",
-                 "answer twice": f"<answer> {a} {a} </answer>", "overruled": f"<answer> {a} </answer> <answer> ? </answer>"}  # fmt: skip
+                 "answer twice": f"<answer> {a} {a} </answer>",
+                 "overruled": f"<answer> {a} </answer> <answer> ? </answer>"}  # fmt: skip
         scores = FUNCTIONS["accuracy"]([problem.prompt] * 9, [gold, *hacks.values()], **columns([problem] * 9))
         if scores[0] != 1:
             raise ValueError(f"rewards: the gold answer {gold!r} to {problem.prompt!r} scores {scores[0]}, not 1")

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 
-# Runs in the child, before and around the program. argv: directory, isolation, then whole numbers: see `limits` in `run`.
+# Runs in the child, before and around the program. argv: directory, isolation, then the numbers `limits` of `run`.
 _BOOT = r'''
 import os, resource, sys, sysconfig
 home, asked, (status, cpu, memory, size, nobody) = *sys.argv[1:3], map(int, sys.argv[3:])
@@ -34,18 +34,20 @@ def isolate():
         if result: raise OSError(ctypes.get_errno(), "refused")
     libc.prctl(38, 1, 0, 0, 0)  # no new privileges: setuid programs give none
     os.unshare(os.CLONE_NEWNS | os.CLONE_NEWNET | os.CLONE_NEWIPC | (os.CLONE_NEWUSER if uid else 0))
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")) if uid else ():
+    maps = dict(setgroups="deny", uid_map=f"{uid} {uid} 1", gid_map=f"{gid} {gid} 1")
+    for name, text in maps.items() if uid else ():
         with open(f"/proc/self/{name}", "w") as f: f.write(text)
     must(libc.mount(None, b"/", None, 0x44000, None))  # private: nothing done below reaches the outside
     for place, options in ((b"/proc", b"size=4k"), (home.encode(), f"size={size + 65536}".encode())):
-        must(libc.mount(b"tmpfs", place, b"tmpfs", 6, options))  # nosuid, nodev; in /proc stands our parent's environment
+        must(libc.mount(b"tmpfs", place, b"tmpfs", 6, options))  # nosuid, nodev; /proc shows our parent's environment
     os.mkdir(home + "/lib")  # the library may lie where only its owner can read
     must(libc.mount(library.encode(), (home + "/lib").encode(), None, 0x5000, None))
     sys.path[:] = [home + "/lib", home + "/lib/lib-dynload"]
     for name, module in [*sys.modules.items()]:
         if "ctypes" in name: del sys.modules[name]
         elif hasattr(module, "__path__"): module.__path__ = [p.replace(library, home + "/lib") for p in module.__path__]
-    for place, recursive, attributes in ((b"/", 0x8000, (1, 0, 0, 0)), (home.encode(), 0, (0, 1, 0, 0))):  # read-only, but home
+    read_only = ((b"/", 0x8000, (1, 0, 0, 0)), (home.encode(), 0, (0, 1, 0, 0)))  # set everywhere, cleared for home
+    for place, recursive, attributes in read_only:
         must(libc.syscall(442, -100, place, recursive, (ctypes.c_uint64 * 4)(*attributes), 32))  # mount_setattr
     os.chdir(home)
     if uid: os.unshare(os.CLONE_NEWUSER)  # leaves the rights over those mounts behind
@@ -71,8 +73,8 @@ def guard(home=os.path.realpath(home) + "/", library=os.path.realpath(library) +
           fspath=os.fspath, fsdecode=os.fsdecode, writing=os.O_WRONLY | os.O_RDWR | os.O_CREAT):
     named = frozenset("os." + name for name in "remove rename rmdir mkdir chmod chown link symlink truncate utime "
                       "listdir scandir".split())
-    refused = ("socket.", "subprocess.", "ctypes.", "os.fork", "os.exec", "os.posix_spawn", "os.system", "os.kill", "pty.",
-               "gc.get_objects", "gc.get_referrers", "sys._current_frames", "syslog.")
+    refused = ("socket.", "subprocess.", "ctypes.", "os.fork", "os.exec", "os.posix_spawn", "os.system", "os.kill",
+               "pty.", "gc.get_objects", "gc.get_referrers", "sys._current_frames", "syslog.")
     def hook(event, args):
         if event.startswith(refused):
             raise PermissionError(f"the sandbox refuses {event}")
@@ -95,6 +97,10 @@ os.write(status, b"finished")
 '''
 
 
+# the child's whole environment; some interpreters find their own library by the second
+_ENVIRONMENT = {"LC_ALL": "C.UTF-8"} | {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
     """`finished`: program and tests ran to their last line (an exit before it is no pass). `status` is the exit code,
@@ -113,7 +119,7 @@ class Result:
 
 def run(program: str, *, tests: str = "", stdin: str = "", timeout_s: float = 5.0, memory_mb: int = 512,
         file_mb: int = 16, max_output: int = 65536, isolation: str = "auto") -> Result:  # fmt: skip
-    """Run `program`, then `tests` in the same names. Returns within about timeout_s; raises only if no child can start.
+    """Run `program`, then `tests` in the same names. Returns within about timeout_s; RuntimeError if the child cannot be set up.
 
     isolation: 'auto' takes namespaces where they can be had, 'limits' does without.
     """
@@ -126,8 +132,9 @@ def run(program: str, *, tests: str = "", stdin: str = "", timeout_s: float = 5.
         limits = (status_out, int(timeout_s) + 1, memory_mb << 20, file_mb << 20, 65534)
         with open(os.path.join(home, "stdin"), "rb") as source:
             child = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _BOOT, home, isolation, *map(str, limits)], stdin=source, stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE, env={"LC_ALL": "C.UTF-8"}, cwd=home, start_new_session=True, pass_fds=(status_out,),
+                [sys.executable, "-I", "-S", "-c", _BOOT, home, isolation, *map(str, limits)], stdin=source,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_ENVIRONMENT, cwd=home,
+                start_new_session=True, pass_fds=(status_out,),
             )  # fmt: skip
         os.close(status_out)
         try:
@@ -141,21 +148,26 @@ def run(program: str, *, tests: str = "", stdin: str = "", timeout_s: float = 5.
                         truncated |= len(output[key.data]) > max_output
                         if not piece:
                             ready.unregister(key.fileobj)
-                try:  # both pipes may be closed by a program that goes on
-                    timed_out = child.wait(max(0.0, 0 if truncated else start + timeout_s - time.monotonic())) is None
-                except subprocess.TimeoutExpired:
-                    timed_out = not truncated
+                # both pipes may be closed by a program that goes on; it is not reaped before the group is killed, so that
+                # its number is still its own
+                how = (os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                while not (ended := os.waitid(*how)) and not truncated and time.monotonic() < start + timeout_s:
+                    time.sleep(0.002)
+                timed_out = not ended and not truncated
                 kill(child)
         except BaseException:
             kill(child)
             raise
         said = status.read(64).split()
-    return Result(b"finished" in said, child.returncode, *(output[n][:max_output].decode("utf-8", "replace") for n in output),
-                  timed_out, truncated, time.monotonic() - start, said[0].decode() if said else "none")  # fmt: skip
+    if not said and not timed_out:  # a sandbox that does not work must not pass for a program that fails
+        raise RuntimeError(f"the sandbox did not start: {output['stderr'].decode('utf-8', 'replace')[-300:]!r}")
+    texts = (output[n][:max_output].decode("utf-8", "replace") for n in output)
+    return Result(b"finished" in said, child.returncode, *texts, timed_out, truncated, time.monotonic() - start,
+                  said[0].decode() if said else "none")  # fmt: skip
 
 
 def kill(child: subprocess.Popen) -> None:
-    """The child's whole session, while its leader is unreaped or its group not empty."""
+    """End the child's whole session."""
     try:
         os.killpg(child.pid, signal.SIGKILL)
     except ProcessLookupError:

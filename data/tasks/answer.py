@@ -15,7 +15,7 @@ MAX_EXPONENT = 100  # 1e999999999 would otherwise fill the memory
 _NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?: [0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
 _VALUE = re.compile(
     rf"(?P<sign>[+-]?) ?(?:(?P<whole>[0-9]+) (?=[0-9]+ ?/))?(?P<number>{_NUMBER})(?P<exp>[eE][+-]?[0-9]+)?"
-    rf"(?: ?/ ?(?P<under>{_NUMBER}))?(?: ?(?:x|\*) ?10(?:\^|\*\*)(?P<ten>\(?[+-]?[0-9]+\)?))?(?P<unit>.*)", re.S
+    rf"(?: ?/ ?(?P<under>{_NUMBER}))?(?: ?(?:x|\*) ?10(?:\^|\*\*)[({{]?(?P<ten>[+-]?[0-9]+)[)}}]?)?(?P<unit>.*)", re.S
 )  # fmt: skip
 _CURRENCY = r"(?:US|A|C|HK)?\$|[€£¥₹]|USD|EUR|GBP|CNY|RMB|Rs\.?"
 _SCALES = dict(hundred=10**2, thousand=10**3, million=10**6, billion=10**9, trillion=10**12,
@@ -25,7 +25,7 @@ _UNIT = re.compile(r"[^\W\d_]+[²³]?\.?(?:\^\{?-?[0-9]\}?)?(?:[ /·-]+[^\W\d_]+
 _NOT_UNITS = set("or and not but if maybe to plus minus times over squared cubed pi half halves third thirds quarter "
                  "quarters point".split())  # fmt: skip
 _LATEX = (
-    (r"\\[!,;: ]|\\q?quad|~|[\u00a0\u2009\u202f]", " "), (r"\{,\}", ","),
+    (r"\\[!,;: ]|\\q?quad|(?<=\S)~|[\u00a0\u2009\u202f]", " "), (r"\{,\}", ","),
     (r"\\(?:left|right|displaystyle)(?![a-zA-Z])", ""), (r"\^?\{?\\(?:circ|degree)\}?", "°"),
     (r"\\([%$#&_])", r"\1"), (r"\\[dtc]frac", r"\\frac"), (r"\\(?:times|cdot)", "*"),
     (r"\\(?:text|mathrm|textbf|mathbf|mbox|textit)\s*\{([^{}]*)\}", r" \1 "), ("[−–]", "-"), ("×", "*"), ("⁄", "/"),
@@ -107,7 +107,7 @@ def value(text: str) -> tuple[Fraction, bool] | None:
             return None
         number /= under
     exponent = int(match["exp"][1:]) if match["exp"] else 0
-    exponent += int(match["ten"].strip("()")) if match["ten"] else 0
+    exponent += int(match["ten"]) if match["ten"] else 0
     if abs(exponent) > MAX_EXPONENT:
         return None
     number = (number + int(match["whole"] or 0)) * scale * Fraction(10) ** exponent

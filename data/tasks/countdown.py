@@ -15,7 +15,7 @@ from data.tasks.problem import Problem
 MAX_CHARS = 200
 _ASCII = str.maketrans("×÷−零一二三四五六七八九", "*/-0123456789")
 _OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-_TOKEN = re.compile(r"\s*([0-9]+|[-+*/()])")
+_TOKEN = re.compile(r"\s*(0|[1-9][0-9]*|[-+*/()])")
 
 
 def generate(rng: np.random.Generator, difficulty: int = 4, largest: int = 99) -> Problem:
@@ -33,16 +33,12 @@ def generate(rng: np.random.Generator, difficulty: int = 4, largest: int = 99) -
 
 
 def verify(problem: Problem, completion: str) -> bool:
-    """The extracted answer (an `= target` after it allowed) uses exactly the given numbers and equals the target."""
+    """The extracted answer is an expression alone, uses exactly the given numbers and equals the target."""
     found = grading.extract_answer(completion)
     if found is None:
         return False
-    found = found.translate(_ASCII)
-    left, _, right = found.partition("=")
-    if right.strip() not in ("", str(problem.meta["target"])) or ("=" in found and not right.strip()):
-        return False
     try:
-        value, used = evaluate(left)
+        value, used = evaluate(found.translate(_ASCII))
     except (ValueError, ZeroDivisionError):
         return False
     return value == problem.meta["target"] and sorted(used) == sorted(problem.meta["numbers"])
@@ -51,10 +47,10 @@ def verify(problem: Problem, completion: str) -> bool:
 def evaluate(expression: str) -> tuple[Fraction, list[int]]:
     """(exact value, numbers used) of an arithmetic expression. ValueError if it is none, ZeroDivisionError on a / 0.
 
-    Grammar: sum = product (('+'|'-') product)*; product = atom (('*'|'/') atom)*; atom = number | '(' sum ')'. A
-    leading minus is not in it: a negative number was not given.
+    Grammar: sum = product (('+'|'-') product)*; product = atom (('*'|'/') atom)*; atom = number | '(' sum ')' |
+    '-' atom. No powers, no `//`, no decimals, no leading zeros.
     """
-    if len(expression) > MAX_CHARS or expression.count("(") > 20:  # bounds the recursion too
+    if len(expression) > MAX_CHARS or expression.count("(") > 20:  # bounds the recursion
         raise ValueError(f"expression of {len(expression)} characters; at most {MAX_CHARS}, and 20 brackets")
     tokens, end, text = [], 0, expression.rstrip()
     while end < len(text):
@@ -80,6 +76,9 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]]:
         if tokens[at].isdigit():
             used.append(int(tokens[at]))
             return Fraction(used[-1]), at + 1
+        if tokens[at] == "-":
+            value, at = atom(at + 1)
+            return -value, at
         if tokens[at] == "(":
             value, at = total(at + 1)
             if tokens[at] == ")":
