@@ -32,10 +32,13 @@ def base() -> ConfigDict:
         tokenizer=dict(kind="bytes", bytes=dict(), bpe=dict(path="runs/tokenizer.json", vocab_size=32768), symbols=dict(words=())),
         optimizer=optimizer(),
         pretrain=pretrain(),
+        eval=dict(path="", ema=False, max_bytes=1_000_000, batch_size=16, seq_len=512),  # path: a run, '' is --workdir
         init_from=dict(path="", include=".*", exclude="", rename=(), ema=False),
         checkpoint=dict(every=0, keep=2),
         stop_after_s=0.0,
+        resume="same",  # allow_diff: go on although the config changed; the difference is printed either way
         report=dict(),
+        speed=dict(batch_size=8, seq_len=2048, repeats=10, gen_batch=32, gen_prompt=64, gen_new=128, peak_tflops=989.5, parts=0),
     ))
 
 
@@ -83,7 +86,7 @@ def optimizer() -> dict:
 def pretrain() -> dict:
     """V3 §4.2: 14.8T tokens in rows of 4,096, the batch growing from 3,072 to 15,360 rows over the first 469B."""
     return dict(
-        steps=242_400, batch_size=15_360, n_micro=1, seq_len=4096,
+        steps=242_784, batch_size=15_360, n_micro=120, seq_len=4096,  # 14.79998T tokens; the ramp moves by a micro-batch, 128 rows
         lr=dict(kind="v3",
                 constant=dict(peak=2.2e-4, warmup_steps=2000),
                 cosine=dict(peak=2.2e-4, final=2.2e-5, warmup_steps=2000),
@@ -94,7 +97,8 @@ def pretrain() -> dict:
         ramp=dict(kind="linear", none=dict(), linear=dict(start=3072, until=0.469 / 14.8)),
         mtp_weight=dict(first=0.3, then=0.1, until=10 / 14.8),
         bias_rate=dict(first=1e-3, then=0.0, until=14.3 / 14.8),
-        eval=dict(every=1000, max_bytes=1_000_000, batch_size=16))
+        eval=dict(every=1000, max_bytes=1_000_000, batch_size=16),
+        sample=dict(prompts=(("code", "def "), ("prose", "Return ")), max_new=64, temperature=0.8, top_p=0.95))
 
 
 def data() -> dict:
@@ -177,12 +181,13 @@ def _tiny(config):
     m.attention.mqa.update(dict(n_heads=4, head_dim=32))
     m.ffn.moe.update(dict(n_routed_experts=8, n_activated_experts=2, d_expert=96))
     m.ffn.moe.groups.limited.update(dict(n_expert_groups=4, n_limited_groups=2))
-    config.pretrain.update(dict(steps=450, batch_size=16, seq_len=128))
+    config.pretrain.update(dict(steps=450, batch_size=16, n_micro=1, seq_len=128))
     config.pretrain.ramp.kind = "none"
     config.pretrain.lr.v3.update(dict(peak=4e-3, final=4e-4, tail=1.3e-4, warmup_steps=20))
     config.pretrain.bias_rate.first = 1e-2  # at 1e-3 the load stays at twice the mean for hundreds of steps
     config.pretrain.eval.update(dict(every=150, max_bytes=60_000))
     config.data.max_bytes = 4_000_000
+    config.speed.update(dict(batch_size=16, seq_len=128, gen_batch=16, gen_prompt=32, gen_new=32, peak_tflops=0.0))
 
 
 PRESETS = {"671b": _671b, "v2": _v2, "v2_lite": _v2_lite, "moonlight": _moonlight, "700m": _700m, "v3_layer": _v3_layer, "tiny": _tiny}

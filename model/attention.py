@@ -18,10 +18,13 @@ import jax
 import jax.numpy as jnp
 
 from model import precision
+from model.dtypes import at_least_f32
 from model.errors import freeze, require
 from model.norm import norm_param, rms_norm
 from model.rope import rotate
 from model.sharding import constrain, normal, param
+
+LATENT_EPS = 1e-6  # of the norms of c^Q and c^KV in all published models, whatever their norm_eps (Moonlight's is 1e-5)
 
 
 class Layout(NamedTuple):
@@ -139,7 +142,7 @@ class LatentAttention(nn.Module):
             w_q_down = param(self, "q_down", (a.q_lora_rank, D), ("q_lora", "embed"), init)
             q_norm = norm_param(self, "q_norm", a.q_lora_rank, "q_lora")
             w_q_up = param(self, "q_up", (q_width, a.q_lora_rank), ("heads", "q_lora"), init)
-            c_q = rms_norm(precision.linear(x_BTD, w_q_down, run, "mla/q_down", tape), q_norm, self.cfg.norm_eps)
+            c_q = rms_norm(precision.linear(x_BTD, w_q_down, run, "mla/q_down", tape), q_norm, LATENT_EPS)
             q = precision.linear(tape.probe("mla", "c_q", c_q), w_q_up, run, "mla/q_up", tape)
         else:
             q = precision.linear(x_BTD, param(self, "q", (q_width, D), ("heads", "embed"), init), run, "mla/q", tape)
@@ -151,7 +154,7 @@ class LatentAttention(nn.Module):
         w_kv_up = param(self, "kv_up", (kv_width, a.kv_lora_rank), ("heads", "kv_lora"), init)
         w_out = param(self, "out", (D, a.n_heads * a.v_head_dim), ("embed", "heads"), init)
         down = precision.linear(x_BTD, w_kv_down, run, "mla/kv_down", tape)
-        c = tape.probe("mla", "c_kv", rms_norm(down[..., :a.kv_lora_rank], kv_norm, self.cfg.norm_eps))
+        c = tape.probe("mla", "c_kv", rms_norm(down[..., :a.kv_lora_rank], kv_norm, LATENT_EPS))
         k_rope = rotate(down[..., None, a.kv_lora_rank:], layout.rotation)[:, :, 0]
         if cache is not None:
             cache, held = append(cache, {"c": c, "k_rope": k_rope}, layout.write)
@@ -238,7 +241,7 @@ def _use_cudnn(kind: str, layout: Layout, q) -> bool:
 
 def _softmax(scores_BHTS, mask_BTS, scale: float):
     """Masked softmax over S in float32 at least, back in the dtype of the scores; a row that sees nothing gives junk, finite."""
-    wide = scores_BHTS.astype(jnp.promote_types(scores_BHTS.dtype, jnp.float32)) * scale
+    wide = scores_BHTS.astype(at_least_f32(scores_BHTS.dtype)) * scale
     wide = jnp.where(mask_BTS[:, None], wide, jnp.finfo(wide.dtype).min)
     return jax.nn.softmax(wide, axis=-1).astype(scores_BHTS.dtype)
 

@@ -14,15 +14,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-
-def choose(kind: str) -> str:
-    """The implementation that `auto` stands for on this backend."""
-    return "block" if kind in ("auto", "masked") else kind
+from model.dtypes import at_least_f32
 
 
 def block_rows(n_rows: int, n_experts: int) -> int:
-    """Rows a block, a power of two: about half a group at even load, so that padding stays under a third."""
-    target = max(n_rows // (2 * n_experts), 1)
+    """Rows a block, a power of two from 8 to 128: small enough that padding every expert adds an eighth at most."""
+    target = max(n_rows // (8 * n_experts), 1)
     return max(8, min(128, 1 << (target.bit_length() - 1)))
 
 
@@ -86,7 +83,7 @@ def _expert_of_block(group_sizes, n_blocks: int, align: int):
 
 def weight_gradient(rows, dy, group_sizes, align: int):
     """dy^T rows by expert: rows [M, K], dy [M, N] -> [E, N, K] in at least float32; rows of no group add nothing."""
-    dtype = jnp.promote_types(rows.dtype, jnp.float32)
+    dtype = at_least_f32(rows.dtype)
     if align == 1 or rows.shape[0] % align:
         n_rows = rows.shape[0]
         align = block_rows(n_rows, group_sizes.shape[0])

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -46,6 +47,23 @@ def leaf(config: Mapping, key: str, kind: type, path: str) -> Any:
     return value
 
 
+def sequence(config: Mapping, key: str, path: str) -> tuple:
+    """config[key] as a tuple: a list (JSON's tuple) or a tuple, never the letters of a string."""
+    value = config.get(key)
+    if not isinstance(value, (list, tuple)):
+        raise UserError(f"{path}.{key}: found {value!r}, allowed: a tuple")
+    return tuple(value)
+
+
+def pattern(value: Any, name: str) -> str:
+    """value, if it is a regular expression."""
+    try:
+        re.compile(value)
+    except (re.error, TypeError) as error:
+        raise UserError(f"{name}: found {value!r} ({error}), allowed: a regular expression") from None
+    return value
+
+
 def freeze(cls: type, config: Mapping, path: str, **given: Any) -> Any:
     """A frozen dataclass from a subtree of plain leaves; a leaf of another name is an error; `given` fields are taken as they are."""
     hints = typing.get_type_hints(cls)
@@ -57,9 +75,9 @@ def freeze(cls: type, config: Mapping, path: str, **given: Any) -> Any:
             raise UserError(f"{path}.{name}: unknown leaf, allowed: {', '.join(fields)}{hint}")
     values = {}
     for name, hint in fields.items():
-        if typing.get_origin(hint) is tuple:
-            values[name] = tuple(config[name])
-        elif isinstance(hint, types.UnionType) and config[name] is None:
+        if hint is tuple or typing.get_origin(hint) is tuple:
+            values[name] = sequence(config, name, path)
+        elif isinstance(hint, types.UnionType) and config.get(name) is None:
             values[name] = None
         else:
             plain = typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
@@ -89,3 +107,17 @@ def user_input(name: str):
     except (ValueError, KeyError) as error:
         text = str(error)
         raise UserError(text if text.startswith(name) else f"{name}: {text}") from error
+
+
+@contextlib.contextmanager
+def named_input(*names: str):
+    """Turns OSError, and a ValueError whose text begins with one of `names` (data/ raises such), into UserError; any other is a bug
+    of ours and keeps its traceback."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{names[0]}: {error.filename or ''} {error.strerror or error}") from error
+    except ValueError as error:
+        if isinstance(error, UserError) or not re.match(rf"({'|'.join(names)})\b", str(error)):
+            raise
+        raise UserError(str(error)) from error

@@ -26,7 +26,7 @@ class Route(NamedTuple):
 def apply(run_experts, x_MD, weights_MK, experts_MK, w_up, w_down, cfg, run, tape):
     """The routed part of an MoE layer: dispatch, run_experts(rows, group_sizes, align, w_up, w_down, tape), combine -> [M, D]."""
     E = cfg.moe.n_routed_experts
-    align = row_alignment(experts_MK.size, E)
+    align = row_alignment(experts_MK.size, E, fp8=run.precision.recipe is not None)
     with jax.named_scope("moe/dispatch"):
         route, group_sizes = plan(experts_MK, E, align)
         rows = dispatch(x_MD, route)
@@ -36,9 +36,9 @@ def apply(run_experts, x_MD, weights_MK, experts_MK, w_up, w_down, cfg, run, tap
         return combine(rows, weights_MK, route)
 
 
-def row_alignment(n_rows: int, n_experts: int) -> int:
-    """Rows each group starts at a multiple of."""
-    return 128 if jax.default_backend() == "gpu" else block_matmul.block_rows(n_rows, n_experts)
+def row_alignment(n_rows: int, n_experts: int, *, fp8: bool = False) -> int:
+    """Rows each group starts at a multiple of: 128 on the GPU and for FP8 anywhere, else the block form's rows."""
+    return 128 if fp8 or jax.default_backend() == "gpu" else block_matmul.block_rows(n_rows, n_experts)
 
 
 def plan(experts_MK, n_experts: int, align: int) -> tuple[Route, Any]:

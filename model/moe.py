@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from model import expert_parallel, precision
+from model.dtypes import at_least_f32
 from model.errors import choice, freeze, freeze_kind, leaf, require
 from model.ffn import dense_ffn, swiglu
 from model.sharding import normal, param
@@ -123,7 +124,7 @@ class MoEFFN(nn.Module):
 
         x_MD = x_BTD.reshape(B * T, D)
         with jax.named_scope("moe/gate"):
-            wide = jnp.promote_types(x_MD.dtype, jnp.float32)
+            wide = at_least_f32(x_MD.dtype)
             logits = jax.lax.dot_general(x_MD.astype(wide), w_gate.astype(wide), (((1,), (1,)), ((), ())))
             tape.probe("moe", "gate", logits.reshape(B, T, -1))
             given = None if tape.tape is None or tape.tape.experts is None else tape.tape.experts.reshape(B * T, -1)
@@ -150,7 +151,7 @@ class MoEFFN(nn.Module):
 
 def scores(logits_TE, moe: MoE):
     """Affinities s [T, E] in float32 at least (eq. 15)."""
-    wide = logits_TE.astype(jnp.promote_types(logits_TE.dtype, jnp.float32))
+    wide = logits_TE.astype(at_least_f32(logits_TE.dtype))
     return SCORES[moe.gate.score](wide)
 
 

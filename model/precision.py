@@ -2,8 +2,8 @@
 
 Weights are stored [N, K] (outputs, inputs), FP32 masters; a pair of weights of one input is [2, N, K]; experts lead with E. A
 product is x W^T. `prepare` makes, once an optimizer step, the low-precision copy each product reads; gradients reach the master.
-Kinds: as_stored computes in the dtype of the parameters; bf16 and fp32 in theirs. Norms, gate, softmax and RoPE are FP32 at least,
-whatever the kind.
+Kinds: as_stored computes in the dtype of the parameters; bf16 and fp32 in theirs; the fp8 kinds (fp8_linear.py) in bf16 with every
+matmul of a block in FP8. Norms, gate, softmax and RoPE are FP32 at least, whatever the kind; embedding and head stay bf16.
 Shapes: M rows, K inputs, N outputs, E experts.
 """
 from __future__ import annotations
@@ -15,17 +15,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from model import block_matmul
+from model import block_matmul, fp8_linear
 from model import tape as tapes
+from model.dtypes import at_least_f32
 from model.errors import UserError
+from pallas_kernels import grouped_matmul
+from pallas_kernels.target import is_hopper
 
 
 class Weight(NamedTuple):
-    """A matmul weight: FP32 master (None: stored FP8, cannot train), its copy in low precision, and block scales (None: unscaled)."""
+    """A matmul weight: FP32 master (None: stored FP8, cannot train), its copy in low precision, block scales (None: unscaled), and
+    the copy's transpose, which an FP8 input gradient reads. A pair [2, N, K] is one [2N, K] in a copy made for training."""
 
     master: Any
     low: Any
     scale: Any
+    transposed: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +44,19 @@ class Precision:
         """The dtype activations are computed in; None: that of the parameters."""
         return KINDS[self.kind]
 
+    @property
+    def recipe(self) -> fp8_linear.Recipe | None:
+        """How the FP8 matmuls scale and accumulate; None for kinds without FP8."""
+        return fp8_linear.RECIPES.get(self.kind)
+
 
 # kind -> dtype of activations. as_stored leaves every array as it is.
-KINDS = {"as_stored": None, "bf16": jnp.bfloat16, "fp32": jnp.float32}
+KINDS = {"as_stored": None, "bf16": jnp.bfloat16, "fp32": jnp.float32} | {kind: jnp.bfloat16 for kind in fp8_linear.RECIPES}
 
 # The names of matmul weights in params: what `prepare` replaces. Embedding, head and gate stay as stored (V3 §3.3.1).
-MATMULS = frozenset({"q", "q_down", "q_up", "kv_down", "kv_up", "k", "v", "out", "gate_up", "down", "proj"})
+MATMULS = frozenset({
+    "q", "q_down", "q_up", "kv_down", "kv_up", "k", "v", "out", "gate_up", "down", "shared_gate_up", "shared_down",
+                     "proj"})
 
 
 def is_weight(leaf: Any) -> bool:
@@ -57,12 +69,17 @@ def prepare(params: Any, run) -> Any:
 
     Call once an optimizer step, outside the micro-batch and layer scans.
     """
-    dtype = run.precision.dtype
+    dtype, recipe = run.precision.dtype, run.precision.recipe
 
     def one(path, leaf):
-        if is_weight(leaf) or dtype is None or path[-1].key not in MATMULS or leaf.dtype == dtype:
+        name = path[-1].key
+        if is_weight(leaf) or dtype is None or name not in MATMULS or (leaf.dtype == dtype and recipe is None):
             return leaf
-        return Weight(leaf, leaf.astype(dtype), None)
+        if recipe is None or path[0].key == "mtp" and name == "proj":
+            return Weight(leaf, leaf.astype(dtype), None)
+        pair = name.endswith("gate_up")
+        q, transposed, scale = fp8_linear.quantize_weight(leaf.reshape(*leaf.shape[:-3], -1, leaf.shape[-1]) if pair else leaf, recipe)
+        return Weight(leaf, q, scale, transposed)
 
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_weight)
 
@@ -70,7 +87,7 @@ def prepare(params: Any, run) -> Any:
 def with_masters(prepared: Any, params: Any) -> Any:
     """prepared with its masters (and plain leaves) taken from params: what a loss differentiates, the copies being constants."""
     def one(old, new):
-        return Weight(new, jax.lax.stop_gradient(old.low), old.scale) if is_weight(old) else new
+        return old._replace(master=new, low=jax.lax.stop_gradient(old.low)) if is_weight(old) else new
 
     return jax.tree.map(one, prepared, params, is_leaf=is_weight)
 
@@ -81,7 +98,8 @@ def raw(w, dtype):
         return w.astype(dtype)
     if w.scale is None:
         return (w.low if w.master is None else _low_as(w.master, w.low)).astype(dtype)
-    return dequantize(w.low, w.scale, dtype)
+    plain = dequantize(w.low, w.scale, dtype)
+    return plain if w.master is None else _low_as(w.master, plain.reshape(w.master.shape))
 
 
 def dequantize(low, scale, dtype):
@@ -103,9 +121,13 @@ _low_as.defvjp(lambda master, low: (low, master), lambda master, g: (g.astype(ma
 def linear(x, w, run, site: str, tape: tapes.LayerTape | None = None):
     """x [..., K] times w [N, K]^T -> [..., N] in x's dtype; w [2, N, K] gives [..., 2N]. w: array or Weight."""
     flat = x.reshape(-1, x.shape[-1])  # with 3-D inputs XLA's CPU weight gradient runs on one thread
-    w = _merge(w, 0)
     with jax.named_scope(site):
-        y = tapes.write(tape, site, flat, lambda stored: _dense(flat, w, stored))
+        if _is_fp8(w, run):
+            cached = fp8_linear.quantize_input(flat, site, run.precision.recipe)
+            y = tapes.write(tape, site, cached, lambda stored: fp8_linear.linear(flat, cached, w, run.precision.recipe, stored))
+        else:
+            merged = _merge(w, 0, x.dtype)
+            y = tapes.write(tape, site, flat, lambda stored: _dense(flat, merged, stored))
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -114,9 +136,14 @@ def grouped_linear(rows, group_sizes, w, run, site: str, tape: tapes.LayerTape |
 
     group_sizes i32 [E]; `align` is a number every group size is known to be a multiple of (dispatch pads to it).
     """
-    static = (block_matmul.choose(run.experts), align)
-    w = _merge(w, 1)
     with jax.named_scope(site):
+        if _is_fp8(w, run):
+            recipe = run.precision.recipe
+            cached = fp8_linear.quantize_input(rows, site, recipe)
+            return tapes.write(tape, site, cached, lambda stored: fp8_linear.grouped(rows, cached, w, group_sizes, recipe, stored),
+                               group_sizes)
+        static = (choose_experts(run.experts, rows.dtype), align)
+        w = _merge(w, 1, rows.dtype)
         return tapes.write(tape, site, rows, lambda stored: _grouped(static, rows, w, group_sizes, stored), group_sizes)
 
 
@@ -126,13 +153,33 @@ def weight_gradient(x, dy, site: str, run, group_sizes=None):
     x [M, K], dy [M, N] as recorded by the tape of `linear`; with group_sizes as recorded by that of `grouped_linear`.
     """
     with jax.named_scope(f"{site}/weight_gradient"):
+        if isinstance(x, tuple):  # the quantised input of an FP8 site
+            return fp8_linear.weight_gradient(x, dy, run.precision.recipe, group_sizes)
         if group_sizes is None:
             return _dense_weight_gradient(x, dy)
-        return block_matmul.KINDS[block_matmul.choose(run.experts)].weight_gradient(x, dy, group_sizes, 1)
+        return EXPERTS[choose_experts(run.experts, x.dtype)].weight_gradient(x, dy, group_sizes, 1)
 
 
-def _merge(w, axis: int):
-    """A weight [..., 2, N, K] seen as [..., 2N, K]; one stored in blocks is dequantised first (its edge blocks may be partial)."""
+def _is_fp8(w, run) -> bool:
+    return is_weight(w) and w.transposed is not None and run.precision.recipe is not None
+
+
+def choose_experts(kind: str, dtype) -> str:
+    """The implementation of expert products: 'auto' takes our kernel on a Hopper GPU in bf16, the block form elsewhere."""
+    if kind in ("auto", "masked"):
+        return "kernel" if dtype == jnp.bfloat16 and is_hopper() else "block"
+    return kind
+
+
+# our bf16 kernel takes the groups as they are; its weight gradient wants them padded to 128 rows, as dispatch pads them on a GPU
+EXPERTS = block_matmul.KINDS | {"kernel": block_matmul.Grouped(
+    lambda rows, w, sizes, align: grouped_matmul.matmul(rows, w, sizes),
+    lambda dy, w, sizes, align: grouped_matmul.dgrad(dy, w, sizes),
+    lambda rows, dy, sizes, align: grouped_matmul.weight_gradient(dy, rows, sizes))}
+
+
+def _merge(w, axis: int, dtype):
+    """A weight [..., 2, N, K] seen as [..., 2N, K]; one stored in blocks is dequantised to dtype first (edge blocks may be partial)."""
     def flat(leaf):
         return None if leaf is None else leaf.reshape(*leaf.shape[:axis], -1, leaf.shape[-1])
 
@@ -140,7 +187,7 @@ def _merge(w, axis: int):
         return flat(w)
     if w.scale is None:
         return Weight(flat(w.master), flat(w.low), None)
-    return Weight(None, flat(dequantize(w.low, w.scale, jnp.bfloat16)), None)
+    return Weight(None, flat(dequantize(w.low, w.scale, dtype)), None)
 
 
 def _operand(w, dtype):
@@ -160,7 +207,7 @@ def _refuse_stored(w):
 
 
 def _dense_weight_gradient(x, dy):
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = at_least_f32(x.dtype)
     return jax.lax.dot_general(dy, x, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
 
 
@@ -190,7 +237,7 @@ def _grouped(static, rows, w, group_sizes, stored):
     if stored is not None:
         return stored
     implementation, align = static
-    return block_matmul.KINDS[implementation].product(rows, _operand(w, rows.dtype), group_sizes, align)
+    return EXPERTS[implementation].product(rows, _operand(w, rows.dtype), group_sizes, align)
 
 
 def _grouped_forward(static, rows, w, group_sizes, stored):
@@ -201,7 +248,7 @@ def _grouped_forward(static, rows, w, group_sizes, stored):
 def _grouped_backward(static, residuals, dy):
     rows, w, group_sizes, replayed = residuals
     implementation, align = static
-    kind = block_matmul.KINDS[implementation]
+    kind = EXPERTS[implementation]
     dx = kind.input_gradient(dy, _operand(w, dy.dtype), group_sizes, align)
     dw = kind.weight_gradient(rows, dy, group_sizes, align)
     return dx, _gradient_of(w, dw), None, jnp.zeros_like(dy) if replayed else None

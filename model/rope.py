@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import numpy as np
 
+from model.dtypes import at_least_f32
 from model.errors import freeze_kind, leaf, require
 
 
@@ -79,7 +80,7 @@ class Rope:
 
     def rotation(self, positions_BT, width: int, dtype=jnp.float32):
         """cos, sin [B, T, R/2] in at least float32 for positions [B, T] (any integer dtype)."""
-        dtype = jnp.promote_types(dtype, jnp.float32)
+        dtype = at_least_f32(dtype)
         frequencies = jnp.asarray(self.scaling.frequencies(self.theta, width), dtype)
         angles = positions_BT.astype(dtype)[..., None] * frequencies[None, None]
         factor = self.scaling.rotation_factor
@@ -88,7 +89,7 @@ class Rope:
 
 def rotate(x_BTHR, rotation):
     """Rotates neighbouring pairs of the last axis; x [B, T, H, R] any float dtype, result in the same dtype and pair order."""
-    dtype = jnp.promote_types(x_BTHR.dtype, jnp.float32)
+    dtype = at_least_f32(x_BTHR.dtype)
     cos, sin = (part.astype(dtype)[:, :, None, :] for part in rotation)
     pairs = x_BTHR.astype(dtype).reshape(*x_BTHR.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]

@@ -205,7 +205,7 @@ def _boxed(rng, cfg: ModelConfig):
     """Params with their logical axes: blocks by vmap over folded keys, so that a layer's weights do not depend on the others."""
     run, D = Execution(), cfg.d_model
     layout, _ = _layout(1, 1, dict(segment_ids=None, positions=None), cfg, jnp.float32)
-    x, valid, bias = jnp.zeros((1, 1, D)), jnp.ones((1, 1), bool), None
+    x, valid, bias = jnp.zeros((1, 1, D), jnp.float32), jnp.ones((1, 1), bool), None
 
     def block(stack_cfg):
         return lambda key: Block(stack_cfg, run).init(key, x, layout, bias, valid, None, tapes.LayerTape())["params"]
@@ -214,13 +214,13 @@ def _boxed(rng, cfg: ModelConfig):
         return mtp.MTPModule(cfg, run).init(key, x, x, layout, bias, valid)["params"]
 
     def matrix(purpose, axes):
-        draw = cfg.init_std * jax.random.normal(jax.random.fold_in(rng, purpose), (cfg.vocab_size, D))
+        draw = cfg.init_std * jax.random.normal(jax.random.fold_in(rng, purpose), (cfg.vocab_size, D), jnp.float32)
         return Named(draw, axes)
 
     def stack(purpose, make, n):
         return jax.vmap(make)(jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(rng, purpose), i))(jnp.arange(n)))
 
-    params = dict(embedding=matrix(0, ("vocab", "embed")), norm=Named(jnp.ones(D), ("embed",)),
+    params = dict(embedding=matrix(0, ("vocab", "embed")), norm=Named(jnp.ones(D, jnp.float32), ("embed",)),
                   head=matrix(1, ("vocab", "embed")))
     if cfg.n_dense_layers:
         params["dense"] = stack(2, block(cfg.dense()), cfg.n_dense_layers)

@@ -1,10 +1,11 @@
 """The training step, one pure function: forward, loss, gradients over micro-batches, clip, update, router bias, EMA, metrics.
 
 A batch is dict(tokens, weight, ...: [n_micro, B, T], knobs: dict of scalars), with segment_ids and positions where documents are
-kept apart (without them a row is one causal sequence). `loss(output, microbatch,
-totals) -> (sum, metrics)` returns sums: micro-batches, rows and shards are only added, never averaged, so that no split of a batch
-changes a step (only the `batch_aux` balance loss sees the split). `totals` = counts over the whole batch: tokens (of positive
-weight), answers (segments with such tokens), weight, rows.
+kept apart (without them a row is one causal sequence). `loss(output, microbatch, totals) -> (sum, metrics)` returns sums:
+micro-batches, rows and shards are only added, never averaged, so that no split of a batch changes a step (only the `batch_aux`
+balance loss sees the split). `totals` = counts over the whole batch: tokens (of weight other than 0), answers (segments with such
+tokens), weight, rows (with a real token). Metrics are scalars but 'moe/load' f32 [n_moe + J, E]: loss, the loss's own,
+moe/balance_loss (a row's mean), moe/max_violation, grad_norm, tokens.
 """
 from __future__ import annotations
 
@@ -15,24 +16,27 @@ import jax.numpy as jnp
 
 from model import precision, sharding, transformer
 from model.config import Execution, ModelConfig
+from model.dtypes import at_least_f32
 from model.moe import max_violation, update_bias
 from train.optimizer import Optimizer
 from train.state import TrainState
 
 
 def make_train_step(cfg: ModelConfig, run: Execution, optimizer: Optimizer, loss: Callable) -> Callable:
-    """step(state, batch, rng) -> (state, metrics). Knobs read here: lr, clip, bias_rate; a loss reads its own."""
+    """step(state, batch, rng) -> (state, metrics). Knobs read here: lr, clip, bias_rate, and optionally n_micro, how many of the
+    micro-batches are filled (a batch ramp); a loss reads its own."""
     def step(state: TrainState, batch, rng) -> tuple[TrainState, dict]:
         del rng  # no step draws: dropout-free, and a loss that needs keys takes them as columns
         knobs, columns = batch["knobs"], {k: v for k, v in batch.items() if k != "knobs"}
-        totals = count_totals(columns)
+        totals = count_totals(columns, knobs.get("n_micro"))
         prepared = precision.prepare(state.params, run)
 
         def microbatch_loss(params, prepared, microbatch, router_bias, totals):
             weights = precision.with_masters(prepared, params)
+            experts = jnp.moveaxis(microbatch["experts"], 2, 0) if "experts" in microbatch else None  # a column is [B, T, n_moe, K]
             output, metrics = transformer.apply(
                 weights, microbatch["tokens"], cfg, run=run, positions=microbatch.get("positions"),
-                segment_ids=microbatch.get("segment_ids"), router_bias=router_bias, experts=microbatch.get("experts"))
+                segment_ids=microbatch.get("segment_ids"), router_bias=router_bias, experts=experts)
             total, sums = loss(output, microbatch, totals)
             if metrics:
                 total = total + metrics["moe/balance_loss"].astype(total.dtype) / totals["rows"].astype(total.dtype)
@@ -49,16 +53,17 @@ def make_train_step(cfg: ModelConfig, run: Execution, optimizer: Optimizer, loss
             grads, metrics = one(0)
         else:
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, 0))
-            bound = knobs.get("n_micro", n_micro)  # a batch ramp fills the first ones only
+            bound = knobs.get("n_micro", n_micro)
             grads, metrics = jax.lax.fori_loop(0, bound, lambda i, total: jax.tree.map(jnp.add, total, one(i)), zeros)
         params, opt_state, grad_norm = optimizer.update(grads, state.opt_state, state.params, knobs["lr"], knobs["clip"])
         router_bias, ema = state.router_bias, state.ema
         if router_bias is not None:
-            router_bias = update_bias(router_bias, metrics["moe/load"], knobs["bias_rate"])
+            router_bias = update_bias(router_bias, metrics["moe/load"], knobs["bias_rate"].astype(router_bias.dtype))
         if ema is not None:
-            decay = optimizer.ema.decay
-            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
+            decay = optimizer.ema.decay  # from host memory and, by the step's out_shardings, back
+            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, jax.device_put(ema, jax.memory.Space.Device), params)
         if "moe/load" in metrics:
+            metrics["moe/balance_loss"] /= totals["rows"].astype(metrics["moe/balance_loss"].dtype)
             metrics["moe/max_violation"] = jnp.mean(max_violation(metrics["moe/load"]))
         metrics |= {"grad_norm": grad_norm, "tokens": totals["tokens"]}
         return TrainState(state.step + 1, params, router_bias, opt_state, ema), metrics
@@ -66,29 +71,33 @@ def make_train_step(cfg: ModelConfig, run: Execution, optimizer: Optimizer, loss
     return step
 
 
-def count_totals(columns) -> dict:
-    """Sums over the whole batch [n_micro, B, T]: tokens with weight, segments that hold any, weight, rows; float32."""
+def count_totals(columns, n_filled=None) -> dict:
+    """Sums over the whole batch [n_micro, B, T], of which n_filled micro-batches are real (default: all): tokens with weight,
+    answers (segments that hold any), weight, rows (at least 1); float32."""
     weight = columns["weight"]
-    counted, segments = weight != 0, columns.get("segment_ids", jnp.ones(weight.shape, jnp.int32))
+    counted, segments = (weight != 0).astype(jnp.int32), columns.get("segment_ids", jnp.ones(weight.shape, jnp.int32))
     before = jnp.pad(segments[..., :-1], [(0, 0)] * (segments.ndim - 1) + [(1, 0)])
     # a segment counts once: at its first weighted token
-    order = jnp.cumsum(counted, axis=-1)
+    order = jnp.cumsum(counted, axis=-1, dtype=jnp.int32)
     start = jax.lax.cummax(jnp.where(segments != before, order - counted, 0), axis=segments.ndim - 1)
-    answers = jnp.sum(counted & (order - start == 1))
-    rows = jnp.sum(jnp.any(segments > 0, axis=-1))
+    answers = jnp.sum((counted == 1) & (order - start == 1))
+    rows = jnp.any(segments > 0, axis=-1)
+    if n_filled is not None:
+        rows &= jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None] < n_filled
     as_float = lambda x: x.astype(jnp.float32)  # noqa: E731
     return dict(tokens=as_float(jnp.sum(counted)), answers=as_float(answers), weight=jnp.sum(weight),
-                rows=jnp.maximum(as_float(rows), 1))
+                rows=jnp.maximum(as_float(jnp.sum(rows)), 1))
 
 
 def token_logp(logits, tokens):
     """log p of tokens [B, T] from logits [B, T, V], in float32 at least: entry t belongs to the prediction OF tokens[:, t]; 0 at t = 0."""
-    logp = jax.nn.log_softmax(logits[:, :-1].astype(jnp.promote_types(logits.dtype, jnp.float32)))
+    logp = jax.nn.log_softmax(logits[:, :-1].astype(at_least_f32(logits.dtype)))
     return jnp.pad(jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0], ((0, 0), (1, 0)))
 
 
 def compile_step(step: Callable, mesh, state_shardings):
-    """The step jitted over a mesh: state donated and kept in its layout, batches split over the data axes."""
+    """The step jitted over a mesh: state donated and kept in its layout, batches split over the data axes. `.jitted` is the jitted
+    function itself."""
     columns = jax.NamedSharding(mesh, jax.P(None, *sharding.spec(("batch",))))
     replicated = jax.NamedSharding(mesh, jax.P())
 
@@ -96,5 +105,10 @@ def compile_step(step: Callable, mesh, state_shardings):
         return {k: jax.tree.map(lambda x: jax.device_put(x, replicated if k == "knobs" else columns), v) for k, v in batch.items()}
 
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, replicated))
-    return lambda state, batch, rng: jitted(state, place(batch), rng)
+
+    def run(state, batch, rng):
+        return jitted(state, place(batch), rng)
+
+    run.jitted = jitted
+    return run
 

@@ -1,0 +1,190 @@
+"""The FP8 linear (V3 §3.3): forward, input gradient and weight gradient on E4M3 operands with fine-grained scales.
+
+| product | left | right |
+|---|---|---|
+| y = x W^T | x in 1x128 tiles | W in 128x128 blocks |
+| dx = dy W | dy in 1x128 tiles | the transposed copy of W, its scales transposed |
+| dW = dy^T x | dy in 128x1 tiles | the cached x, re-quantised 128x1 |
+
+The residual is the quantised input, named '<site>/input' so that remat can keep it. The input of the linear after attention is
+cached E5M6-valued with power-of-two scales and converted to E4M3 for each product. Recipes beside `fp8_block` are ablations:
+per-tensor scales (current), 128x128 blocks for gradients (App. B.2: diverged at 16B), no promotion (per-tensor scales, which alone
+allow it).
+"""
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels import fp8_matmul, grouped_fp8_matmul, quantize
+
+CACHED_WIDE = frozenset({"mla/out", "gqa/out"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """tensor: one scale a tensor instead of tiles; gradient_blocks: dy in 128x128 blocks; promote: partial sums to FP32 every 128 of K."""
+
+    tensor: bool = False
+    gradient_blocks: bool = False
+    promote: bool = True
+
+
+RECIPES = {
+    "fp8_block": Recipe(),
+    "fp8_tensor": Recipe(tensor=True),
+    "fp8_block_grad": Recipe(gradient_blocks=True),
+    "fp8_no_promotion": Recipe(tensor=True, promote=False),
+}
+
+
+def quantize_weight(w, recipe: Recipe):
+    """w [..., N, K] -> (q [..., N, K], transposed copy [..., K, N], scale [..., N/128, K/128])."""
+    if not recipe.tensor:
+        return quantize.quantize_weight(w)
+    n, k = w.shape[-2:]
+    scale = jnp.max(jnp.abs(w), axis=(-2, -1), keepdims=True) / 448 + 1e-30
+    q = _to_e4m3(w / scale)
+    return q, q.mT, jnp.broadcast_to(scale, (*w.shape[:-2], -(-n // 128), -(-k // 128)))
+
+
+def quantize_input(x, site: str, recipe: Recipe):
+    """x [M, K] -> the cached operand (q, scale): E4M3 in 1x128 tiles, or E5M6 with power-of-two scales after attention."""
+    x = jax.lax.stop_gradient(x)
+    if recipe.tensor:
+        q, scale = _tensor(x)
+        cached = q, _spread(scale, (x.shape[0], -(-x.shape[1] // 128)))
+    elif site in CACHED_WIDE:
+        cached = quantize.quantize_tiles(x, (1, 128), "e5m6", power_of_two=True)
+    else:
+        cached = quantize.quantize_tiles(x)
+    return checkpoint_name(cached, f"{site}/input")
+
+
+def linear(x, cached, w, recipe: Recipe, stored=None):
+    """x [M, K] with its cached operand, w = (master, low [N, K], scale, transposed) -> bf16 [M, N], or the stored value."""
+    return _dense(recipe, x, cached, w.master, (w.low, w.scale, w.transposed), stored)
+
+
+def grouped(x, cached, w, group_sizes, recipe: Recipe, stored=None):
+    """Rows x [M, K] sorted by expert, every group a multiple of 128 rows; w's leaves lead with E -> bf16 [M, N]."""
+    return _grouped(recipe, x, cached, w.master, (w.low, w.scale, w.transposed), group_sizes, stored)
+
+
+def weight_gradient(cached, dy, recipe: Recipe, group_sizes=None):
+    """dW f32 [N, K] (experts [E, N, K]) from the cached input and dy [M, N]."""
+    return _weight_gradient(cached, _columns(dy, recipe), recipe, group_sizes)
+
+
+def _forward_operand(cached, recipe: Recipe):
+    q, scale = cached
+    return cached if q.dtype == jnp.float8_e4m3fn else quantize.requantize_tiles(q, scale, (1, 128))
+
+
+def _rows(dy, recipe: Recipe):
+    """dy for the input gradient."""
+    if recipe.tensor:
+        q, scale = _tensor(dy)
+        return q, _spread(scale, (dy.shape[0], -(-dy.shape[1] // 128)))
+    if recipe.gradient_blocks:
+        q, scale = quantize.quantize_tiles(dy, (128, 128))
+        return q, jnp.repeat(scale, 128, axis=0)[:dy.shape[0]]
+    return quantize.quantize_tiles(dy)
+
+
+def _columns(dy, recipe: Recipe):
+    """dy for the weight gradient."""
+    if recipe.tensor:
+        q, scale = _tensor(dy)
+        return q, _spread(scale, (-(-dy.shape[0] // 128), dy.shape[1]))
+    if recipe.gradient_blocks:
+        q, scale = quantize.quantize_tiles(dy, (128, 128))
+        return q, jnp.repeat(scale, 128, axis=1)[:, :dy.shape[1]]
+    return quantize.quantize_tiles(dy, (128, 1))
+
+
+def _both(dy, recipe: Recipe):
+    """(rows, columns) of dy, in one read where the recipe is V3's."""
+    if recipe.tensor or recipe.gradient_blocks:
+        return _rows(dy, recipe), _columns(dy, recipe)
+    return quantize.quantize_both(dy)
+
+
+def _weight_gradient(cached, columns, recipe: Recipe, group_sizes):
+    q, scale = cached
+    if recipe.tensor:
+        x = q, _spread(scale[0, 0], (-(-q.shape[0] // 128), q.shape[1]))
+    else:
+        x = quantize.requantize_tiles(q, scale, (128, 1))
+    if group_sizes is None:
+        return fp8_matmul.weight_gradient(*columns, *x)
+    return grouped_fp8_matmul.weight_gradient(*columns, *x, group_sizes)
+
+
+def _matmul(a, a_scale, b, b_scale, recipe: Recipe):
+    promotion = 128 if recipe.promote else -(-a.shape[1] // 128) * 128
+    return fp8_matmul.matmul(a, a_scale, b, b_scale, promotion=promotion)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dense(recipe, x, cached, master, low, stored):
+    if stored is not None:
+        return stored
+    q, scale, _ = low
+    return _matmul(*_forward_operand(cached, recipe), q, scale, recipe).astype(x.dtype)
+
+
+def _dense_forward(recipe, x, cached, master, low, stored):
+    return _dense(recipe, x, cached, master, low, stored), (cached, master, low, stored is not None, x[:0])
+
+
+def _dense_backward(recipe, residuals, dy):
+    cached, master, (q, scale, transposed), replayed, like = residuals
+    rows, columns = _both(dy, recipe)
+    dx = _matmul(*rows, transposed, scale.mT, recipe).astype(like.dtype)
+    dw = _weight_gradient(cached, columns, recipe, None).reshape(master.shape).astype(master.dtype)
+    return dx, None, dw, None, jnp.zeros_like(dy) if replayed else None
+
+
+_dense.defvjp(_dense_forward, _dense_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped(recipe, x, cached, master, low, group_sizes, stored):
+    if stored is not None:
+        return stored
+    q, scale, _ = low
+    return grouped_fp8_matmul.grouped_matmul(*_forward_operand(cached, recipe), q, scale, group_sizes).astype(x.dtype)
+
+
+def _grouped_forward(recipe, x, cached, master, low, group_sizes, stored):
+    residuals = (cached, master, low, group_sizes, stored is not None, x[:0])
+    return _grouped(recipe, x, cached, master, low, group_sizes, stored), residuals
+
+
+def _grouped_backward(recipe, residuals, dy):
+    cached, master, (q, scale, transposed), group_sizes, replayed, like = residuals
+    rows, columns = _both(dy, recipe)
+    dx = grouped_fp8_matmul.grouped_matmul(*rows, transposed, scale.mT, group_sizes).astype(like.dtype)
+    dw = _weight_gradient(cached, columns, recipe, group_sizes).reshape(master.shape).astype(master.dtype)
+    return dx, None, dw, None, None, jnp.zeros_like(dy) if replayed else None
+
+
+_grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _tensor(x):
+    scale = jnp.max(jnp.abs(x.astype(jnp.float32))) / 448 + 1e-30
+    return _to_e4m3(x.astype(jnp.float32) / scale), scale
+
+
+def _to_e4m3(x):
+    return jnp.clip(x, -448, 448).astype(jnp.float8_e4m3fn)
+
+
+def _spread(scale, shape: tuple[int, ...]):
+    return jnp.full(shape, scale, jnp.float32)
