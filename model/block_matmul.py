@@ -1,8 +1,8 @@
 """Expert matmuls whose cost follows the rows (DeepSeekMoE, V3 §2.1.2: dropless): the block form, and its peers.
 
 `block`: rows are sorted by expert and each group starts at a multiple of `align` rows, so that a block of `align` rows belongs to
-one expert; a scan over the blocks reads that expert's weight in place: nothing is gathered, and the weight gradient adds into
-one accumulator. `ragged` is `lax.ragged_dot`, the oracle: on CPU and GPU it does every expert's work.
+one expert; a loop over the blocks that hold rows reads that expert's weight in place: nothing is gathered, and the weight gradient
+adds into one accumulator. `ragged` is `lax.ragged_dot`, the oracle: on CPU and GPU it does every expert's work.
 Shapes: M rows, K inputs, N outputs, E experts, b rows a block.
 """
 from __future__ import annotations
@@ -39,18 +39,18 @@ def _take(rows, index):
 
 
 def _aligned(rows, w, group_sizes, align: int, transpose: bool):
-    n_blocks, last = rows.shape[0] // align, w.shape[0] - 1
+    n_blocks = rows.shape[0] // align
     experts = _expert_of_block(group_sizes, n_blocks, align)
     contract = (((1,), (0 if transpose else 1,)), ((), ()))
 
-    def step(_, item):
-        block_of_rows, expert = item
-        weight = jax.lax.dynamic_index_in_dim(w, jnp.minimum(expert, last), keepdims=False)
-        product = jax.lax.dot_general(block_of_rows, weight, contract)
-        return None, jnp.where(expert <= last, product, 0)
+    def one(i, out):
+        weight = jax.lax.dynamic_index_in_dim(w, experts[i], keepdims=False)
+        product = jax.lax.dot_general(jax.lax.dynamic_slice_in_dim(rows, i * align, align), weight, contract)
+        return jax.lax.dynamic_update_slice_in_dim(out, product, i * align, axis=0)
 
-    _, out = jax.lax.scan(step, None, (rows.reshape(n_blocks, align, -1), experts))
-    return out.reshape(rows.shape[0], -1)
+    # only the blocks that hold rows: the buffer is as large as the worst routing needs
+    start = jnp.zeros((rows.shape[0], w.shape[2 if transpose else 1]), rows.dtype) + 0 * rows[:1, :1]
+    return jax.lax.fori_loop(0, jnp.sum(group_sizes) // align, one, start)
 
 
 def pad_groups(group_sizes, n_rows: int, align: int):
@@ -63,7 +63,7 @@ def pad_groups(group_sizes, n_rows: int, align: int):
     padded = (group_sizes + align - 1) // align * align
     ends = jnp.cumsum(group_sizes)
     index = jnp.arange(n_rows, dtype=jnp.int32)
-    expert = jnp.searchsorted(ends, index, side="right").astype(jnp.int32)
+    expert = jnp.searchsorted(ends, index, side="right", method="compare_all").astype(jnp.int32)
     shift = jnp.append((jnp.cumsum(padded) - padded) - (ends - group_sizes), n_padded).astype(jnp.int32)
     position = index + shift[expert]
     source = jnp.full(n_padded, n_rows, jnp.int32).at[position].set(index, mode="drop")
@@ -78,7 +78,7 @@ def padded_rows(n_rows: int, n_experts: int, align: int) -> int:
 def _expert_of_block(group_sizes, n_blocks: int, align: int):
     """The expert of each block, and E for blocks past the last group."""
     starts = jnp.arange(n_blocks, dtype=jnp.int32) * align
-    return jnp.searchsorted(jnp.cumsum(group_sizes), starts, side="right").astype(jnp.int32)
+    return jnp.searchsorted(jnp.cumsum(group_sizes), starts, side="right", method="compare_all").astype(jnp.int32)
 
 
 def weight_gradient(rows, dy, group_sizes, align: int):
@@ -92,14 +92,13 @@ def weight_gradient(rows, dy, group_sizes, align: int):
     n_blocks, n_experts = rows.shape[0] // align, group_sizes.shape[0]
     experts = _expert_of_block(group_sizes, n_blocks, align)
 
-    def step(total, item):
-        x, g, expert = item
+    def one(i, total):
+        x, g = (jax.lax.dynamic_slice_in_dim(a, i * align, align) for a in (rows, dy))
         product = jax.lax.dot_general(g, x, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
-        return total.at[expert].add(product, mode="drop"), None
+        return total.at[experts[i]].add(product)
 
-    start = jnp.zeros((n_experts, dy.shape[1], rows.shape[1]), dtype)
-    blocks = (rows.reshape(n_blocks, align, -1), dy.reshape(n_blocks, align, -1), experts)
-    return jax.lax.scan(step, start, blocks)[0]
+    start = jnp.zeros((n_experts, dy.shape[1], rows.shape[1]), dtype) + 0 * dy[:1, :1, None].astype(dtype)
+    return jax.lax.fori_loop(0, jnp.sum(group_sizes) // align, one, start)
 
 
 def ragged(rows, w, group_sizes, align: int, *, transpose: bool = False):

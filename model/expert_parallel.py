@@ -1,4 +1,4 @@
-"""Dispatch and combine around the experts (V3 §3.2.2), and EPLB (V3 §3.4.1).
+"""The exchange, dispatch and combine around the experts (V3 §3.2.2), and EPLB (V3 §3.4.1).
 
 `dispatch` sorts the M*K (token, expert) pairs by expert and starts each group at a multiple of `align` rows (128 on the GPU, so
 that no 128x1 scale tile crosses a group; the block size of the block form on the CPU); `combine` weights the rows and adds them
@@ -7,33 +7,80 @@ No token is ever dropped. Shapes: M tokens, K chosen, E experts, P padded rows, 
 """
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
-from model import block_matmul
+from model import block_matmul, sharding
+
+EXPERT_AXES = ("node", "expert")
 
 
 class Route(NamedTuple):
-    """position i32 [M, K]: the row of each (token, choice); source i32 [P]: the flat (token, choice) of each row, M*K if padding."""
+    """position i32 [M, K]: the row of each (token, choice), P for one of no group here; source i32 [P]: the flat (token, choice) of each row, M*K if padding."""
 
     position: Any
     source: Any
 
 
 def apply(run_experts, x_MD, weights_MK, experts_MK, w_up, w_down, cfg, run, tape):
-    """The routed part of an MoE layer: dispatch, run_experts(rows, group_sizes, align, w_up, w_down, tape), combine -> [M, D]."""
+    """The routed part of an MoE layer: dispatch, run_experts(rows, group_sizes, align, w_up, w_down, tape), combine -> [M, D].
+
+    Under a mesh each data shard dispatches its own tokens. With experts over several shards ('one_hop'), a shard sees the tokens of
+    its expert group by one all-gather and returns weighted sums by one reduce-scatter: static shapes make a dropless exchange cost
+    its worst case, every token to every shard, and these two collectives move just that, in one hop.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    local = functools.partial(_local, run_experts, cfg=cfg, run=run, tape=tape)
+    if mesh.empty or mesh.size == 1:
+        return local(x_MD, weights_MK, experts_MK, w_up, w_down, shards=())
+    exchange = tuple(axis for axis in EXPERT_AXES if mesh.shape[axis] > 1)
+    if mesh.manual_axes:  # a pipeline's shard_map: everything here is local already
+        return local(x_MD, weights_MK, experts_MK, w_up, w_down, shards=exchange)
+    n_data = math.prod(mesh.shape[axis] for axis in sharding.DATA_AXES)
+    n_shards = math.prod(mesh.shape[axis] for axis in exchange)
+    if x_MD.shape[0] % n_data or cfg.moe.n_routed_experts % n_shards:
+        return local(x_MD, weights_MK, experts_MK, w_up, w_down, shards=())  # too few rows or experts to split: XLA places them
+    tensor = "tensor" if mesh.shape["tensor"] > 1 and not run.precision.recipe else None
+    rows, up, down = PartitionSpec(sharding.DATA_AXES), PartitionSpec(exchange, None, tensor), PartitionSpec(exchange, None, tensor)
+    up, down = (jax.tree.map(lambda leaf, spec=spec: spec if leaf.ndim > 2 else PartitionSpec(exchange), w)
+                for w, spec in ((w_up, up), (w_down, down)))
+    copied = tuple(axis for axis in sharding.DATA_AXES if axis not in exchange)  # axes along which the experts are copies
+
+    def placed(x, weights, experts, *w):
+        w = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, copied, to="varying") if copied else leaf, w)
+        if tensor:
+            x, weights, experts = (jax.lax.pcast(a, tensor, to="varying") for a in (x, weights, experts))
+        return local(x, weights, experts, *w, shards=exchange, tensor=tensor)
+
+    split = jax.shard_map(placed, in_specs=(rows, rows, rows, up, down), out_specs=rows)
+    return split(x_MD, weights_MK, experts_MK, w_up, w_down)
+
+
+def _local(run_experts, x_MD, weights_MK, experts_MK, w_up, w_down, *, cfg, run, tape, shards, tensor=None):
+    """What one device does: its tokens (and those of the shards it exchanges with) through its own experts."""
     E = cfg.moe.n_routed_experts
-    align = row_alignment(experts_MK.size, E, fp8=run.precision.recipe is not None)
     with jax.named_scope("moe/dispatch"):
+        if shards:
+            E //= jax.lax.axis_size(shards)
+            x_MD, weights_MK, experts_MK = (jax.lax.all_gather(a, shards, tiled=True) for a in (x_MD, weights_MK, experts_MK))
+            experts_MK = experts_MK - jax.lax.axis_index(shards) * E
+            mine = (experts_MK >= 0) & (experts_MK < E)
+            experts_MK, weights_MK = jnp.where(mine, experts_MK, E), jnp.where(mine, weights_MK, 0)  # E: of no group here
+        align = row_alignment(experts_MK.size, E, fp8=run.precision.recipe is not None)
         route, group_sizes = plan(experts_MK, E, align)
         rows = dispatch(x_MD, route)
     with jax.named_scope("moe/experts"):
         rows = run_experts(rows, group_sizes, align, w_up, w_down, tape)
     with jax.named_scope("moe/combine"):
-        return combine(rows, weights_MK, route)
+        out = combine(rows, weights_MK, route)
+        out = jax.lax.psum(out, tensor) if tensor else out
+        return jax.lax.psum_scatter(out, shards, tiled=True) if shards else out
 
 
 def row_alignment(n_rows: int, n_experts: int, *, fp8: bool = False) -> int:
@@ -46,11 +93,16 @@ def plan(experts_MK, n_experts: int, align: int) -> tuple[Route, Any]:
     flat = experts_MK.reshape(-1)
     n = flat.shape[0]
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    sizes = jnp.zeros(n_experts, jnp.int32).at[flat].add(1)
+    sizes = count(flat, n_experts)  # experts of another shard are of no group
     position_sorted, source_sorted, padded = block_matmul.pad_groups(sizes, n, align)
-    position = jnp.zeros(n, jnp.int32).at[order].set(position_sorted)
+    position = jnp.zeros(n, jnp.int32).at[order].set(jnp.minimum(position_sorted, source_sorted.shape[0]))
     source = jnp.where(source_sorted < n, order[jnp.minimum(source_sorted, n - 1)], n)
     return Route(position.reshape(experts_MK.shape), source), padded
+
+
+def count(experts, n_experts: int):
+    """i32 [E]: how often each expert stands in experts (any shape); compared and summed, as atomics on few counters are slow."""
+    return jnp.sum(experts.reshape(-1, 1) == jnp.arange(n_experts, dtype=experts.dtype)[None], axis=0, dtype=jnp.int32)
 
 
 @jax.custom_vjp
@@ -62,17 +114,23 @@ def dispatch(x_MD, route: Route):
 
 
 def _dispatch_backward(route, g_PD):
-    return jnp.sum(g_PD[route.position], axis=1), None
+    return jnp.sum(_rows_at(g_PD, route), axis=1), None
 
 
 dispatch.defvjp(lambda x, route: (dispatch(x, route), route), _dispatch_backward)
 
 
+def _rows_at(rows_PD, route: Route):
+    """rows [M, K, D] of each (token, choice); zero for one of no group here."""
+    return jnp.take(rows_PD, route.position, axis=0, mode="fill", fill_value=0)
+
+
 @jax.custom_vjp
 def combine(rows_PD, weights_MK, route: Route):
     """out [M, D]: the K rows of each token times their weights, added in the dtype of the weights, returned in that of the rows."""
-    picked = rows_PD[route.position].astype(weights_MK.dtype)
-    return jnp.einsum("MKD,MK->MD", picked, weights_MK).astype(rows_PD.dtype)
+    picked = _rows_at(rows_PD, route).astype(weights_MK.dtype)
+    # a sum, not an einsum: XLA fuses it with the gather instead of calling a batched matmul of 1 x K products
+    return jnp.sum(picked * weights_MK[..., None], axis=1).astype(rows_PD.dtype)
 
 
 def _combine_backward(residuals, g_MD):
@@ -82,7 +140,7 @@ def _combine_backward(residuals, g_MD):
     row_weight = jnp.where(route.source < n, weights.reshape(-1)[source], 0)
     g = g_MD.astype(weights.dtype)
     d_rows = (g[source // top_k] * row_weight[:, None]).astype(rows.dtype)
-    d_weights = jnp.einsum("MD,MKD->MK", g, rows[route.position].astype(weights.dtype))
+    d_weights = jnp.sum(g[:, None] * _rows_at(rows, route).astype(weights.dtype), axis=-1)
     return d_rows, d_weights, None
 
 

@@ -20,7 +20,7 @@ from model import expert_parallel, precision
 from model.dtypes import at_least_f32
 from model.errors import choice, freeze, freeze_kind, leaf, require
 from model.ffn import dense_ffn, swiglu
-from model.sharding import normal, param
+from model.sharding import by_rows, normal, param
 
 GROUP_SCORES = ("top2_sum", "max")
 WEIGHTS = ("normalised", "raw")
@@ -163,8 +163,8 @@ def gate(logits, bias, cfg, *, experts=None):
     moe = cfg.moe
     s = scores(logits, moe)
     if experts is None:
-        biased = s if bias is None else s + bias.astype(s.dtype)[None]
-        experts = jax.lax.top_k(limit_groups(jax.lax.stop_gradient(biased), moe.groups), moe.n_activated_experts)[1]
+        biased = jax.lax.stop_gradient(s if bias is None else s + bias.astype(s.dtype)[None])
+        experts = by_rows(lambda biased: jax.lax.top_k(limit_groups(biased, moe.groups), moe.n_activated_experts)[1], biased)
     weights = jnp.take_along_axis(s, experts, axis=-1)
     if moe.gate.weights == "normalised":
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)  # the published code's guard
@@ -179,7 +179,7 @@ def limit_groups(biased_TE, groups: Groups | None):
     grouped = biased_TE.reshape(T, groups.n_expert_groups, -1)
     best = jnp.max(grouped, axis=-1) if groups.score == "max" else jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
     kept = jax.lax.top_k(best, groups.n_limited_groups)[1]
-    keep = jnp.zeros((T, groups.n_expert_groups), bool).at[jnp.arange(T)[:, None], kept].set(True)
+    keep = jnp.any(kept[..., None] == jnp.arange(groups.n_expert_groups, dtype=kept.dtype)[None, None], axis=1)
     return jnp.where(keep[..., None], grouped, -jnp.inf).reshape(T, E)
 
 
@@ -196,7 +196,7 @@ def balance_loss(s_BTE, valid_BT, moe: MoE):
         s_BTE, valid_BT = s_BTE.reshape(1, -1, E), valid_BT.reshape(1, -1)
     valid = valid_BT.astype(s_BTE.dtype)[..., None]
     n = jnp.maximum(jnp.sum(valid, axis=1), 1)
-    chosen = jax.lax.top_k(jax.lax.stop_gradient(s_BTE), K)[1]
+    chosen = by_rows(lambda s: jax.lax.top_k(s, K)[1], jax.lax.stop_gradient(s_BTE))
     hits = jnp.sum(jax.nn.one_hot(chosen, E, dtype=s_BTE.dtype), axis=2)
     f = jnp.sum(hits * valid, axis=1) * (E / K) / n
     p = jnp.sum(s_BTE / (jnp.sum(s_BTE, axis=-1, keepdims=True) + 1e-20) * valid, axis=1) / n
@@ -215,8 +215,7 @@ def max_violation(load):
 
 
 def _load(experts_MK, valid_M, n_experts: int):
-    counted = jnp.where(valid_M[:, None], experts_MK, n_experts)  # out of range: dropped
-    return jnp.zeros(n_experts, jnp.float32).at[counted.reshape(-1)].add(1.0, mode="drop")
+    return expert_parallel.count(jnp.where(valid_M[:, None], experts_MK, n_experts), n_experts).astype(jnp.float32)
 
 
 def _all_experts(run, n_tokens: int, moe: MoE) -> bool:

@@ -111,6 +111,16 @@ def constrain(x, axes: tuple[str | None, ...]):
     return jax.lax.with_sharding_constraint(x, sharding(mesh, axes, x.shape).spec)
 
 
+def by_rows(function, *arrays):
+    """function(*arrays), whose arrays and results share their leading axis (rows, or sequences), run by each data shard on its own:
+    XLA would gather the operands of a sort or a top-k over the whole mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    n = 1 if mesh.empty or mesh.manual_axes else math.prod(mesh.shape[axis] for axis in DATA_AXES)
+    if n == 1 or arrays[0].shape[0] % n:
+        return function(*arrays)
+    return jax.shard_map(function, in_specs=PartitionSpec(DATA_AXES), out_specs=PartitionSpec(DATA_AXES))(*arrays)
+
+
 def param(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init):
     """A parameter of a Linen module: stored float32, with its logical axes attached. The only caller of self.param."""
     if len(axes) != len(shape):

@@ -6,6 +6,8 @@ position and the job's own counters. `checkpoints/final` is a link to the last. 
 """
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import pathlib
 import re
@@ -24,9 +26,14 @@ from model.errors import UserError
 from train.optimizer import path_name
 from train.state import TrainState
 
+_UNFINISHED = "orbax-checkpoint-tmp"  # in the name of what orbax has not finished, and of what is being removed
+
 
 def save(directory: pathlib.Path, state: TrainState, model: dict[str, Any], extra: dict[str, Any], keep: int = 0) -> pathlib.Path:
-    """Writes directory/STEP and points directory/final at it; keeps the `keep` newest steps (0: all). extra: JSON values."""
+    """Writes directory/STEP and points directory/final at it; keeps the `keep` newest steps (0: all). extra: JSON values.
+
+    The step appears under its name only when it is whole.
+    """
     step = int(state.step)
     path = directory / str(step)
     items = {k: v for k, v in state._asdict().items() if v is not None}
@@ -34,7 +41,9 @@ def save(directory: pathlib.Path, state: TrainState, model: dict[str, Any], extr
     if jax.process_index() == 0:
         _link(directory / "final", str(step))
         for old in steps(directory)[:-keep] if keep else []:
-            shutil.rmtree(directory / str(old), ignore_errors=True)
+            gone = directory / f"{old}.{_UNFINISHED}"  # a half-removed step must not look like a finished one
+            os.replace(directory / str(old), gone)
+            shutil.rmtree(gone, ignore_errors=True)
     return path
 
 
@@ -54,21 +63,26 @@ def restore(path: pathlib.Path, like: TrainState, shardings: TrainState | None =
         if tree is not None:
             places = [] if shardings is None else [getattr(shardings, name)]
             items[name] = jax.tree.map(abstract, tree, *places)
-    loaded = ocp.load_checkpointables(path, items)
-    return TrainState(**({k: None for k in TrainState._fields} | loaded)), metadata(path)["extra"]
+    with _readable(path, "workdir"):
+        loaded = ocp.load_checkpointables(path, items)
+        return TrainState(**({k: None for k in TrainState._fields} | loaded)), metadata(path)["extra"]
 
 
-def load_params(path: str | pathlib.Path, *, ema: bool = False) -> tuple[ModelConfig, Any, Any]:
-    """(ModelConfig, params, router_bias) of a run, stage or step; with ema the averaged parameters. Raises UserError."""
-    step = find(path)
-    found = ocp.checkpointables_metadata(step).metadata
-    name = "ema" if ema else "params"
-    if name not in found:
-        raise UserError(f"init_from: {step} has no {name}, allowed: one of {', '.join(sorted(found))}")
-    cfg = model_config.parse(ConfigDict(metadata(step)["model"]))
-    wanted = {k: _as_abstract(found[k]) for k in (name, "router_bias") if k in found}
-    loaded = ocp.load_checkpointables(step, wanted)
-    return cfg, loaded[name], loaded.get("router_bias")
+def load_params(path: str | pathlib.Path, *, ema: bool = False, leaf: str = "init_from") -> tuple[ModelConfig, Any, Any]:
+    """(ModelConfig, params, router_bias) of a run, stage or step; with ema the averaged parameters.
+
+    Stored precision.Weight come back as such. Raises UserError, which names the config's subtree `leaf`.
+    """
+    step = find(path, leaf)
+    with _readable(step, leaf):
+        found = ocp.checkpointables_metadata(step)
+        name = "ema" if ema else "params"
+        if name not in found.metadata:
+            raise UserError(f"{leaf}: {step} has no {name}, allowed: one of {', '.join(sorted(found.metadata))}")
+        cfg = model_config.parse(ConfigDict(found.custom_metadata["model"]))
+        wanted = {k: _as_abstract(found.metadata[k]) for k in (name, "router_bias") if k in found.metadata}
+        loaded = ocp.load_checkpointables(step, wanted)
+        return cfg, loaded[name], loaded.get("router_bias")
 
 
 def metadata(path: pathlib.Path) -> dict[str, Any]:
@@ -78,22 +92,27 @@ def metadata(path: pathlib.Path) -> dict[str, Any]:
 
 def steps(directory: pathlib.Path) -> list[int]:
     """The finished steps under a checkpoint directory, in order."""
+    directory = pathlib.Path(directory)
     if not directory.is_dir():
         return []
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and ocp.is_orbax_checkpoint(p))
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and _is_step(p))
 
 
-def find(path: str | pathlib.Path) -> pathlib.Path:
-    """The step directory a user means by a run, stage or step. Raises UserError."""
+def _is_step(path: pathlib.Path) -> bool:
+    return (path / "_CHECKPOINT_METADATA").is_file()
+
+
+def find(path: str | pathlib.Path, leaf: str = "init_from") -> pathlib.Path:
+    """The step directory a user means by a run, stage or step. Raises UserError, which names `leaf`.path."""
     path = pathlib.Path(path)
     for candidate in (path, path / "checkpoints"):
-        if candidate.is_dir() and ocp.is_orbax_checkpoint(candidate):
+        if _is_step(candidate):
             return candidate.resolve()
         if (candidate / "final").exists():
-            return find(candidate / "final")
+            return find(candidate / "final", leaf)
         if steps(candidate):
             return (candidate / str(steps(candidate)[-1])).resolve()
-    raise UserError(f"init_from.path: found {str(path)!r}, allowed: a run, a stage or a step with a finished checkpoint")
+    raise UserError(f"{leaf}.path: found {str(path)!r}, allowed: a run, a stage or a step with a finished checkpoint")
 
 
 def warm_start(spec, params, router_bias, cfg: ModelConfig):
@@ -116,16 +135,19 @@ def warm_start(spec, params, router_bias, cfg: ModelConfig):
             other = re.sub(pattern, replacement, other)
         if other not in table:
             raise UserError(f"init_from: {spec.path} has no {other}, allowed: {', '.join(sorted(table)[:5])}, ...")
-        if table[other].shape != leaf.shape:
-            raise UserError(f"init_from: {other} has shape {table[other].shape}, allowed: {leaf.shape} of {name}")
+        shape = (table[other].low if precision.is_weight(table[other]) else table[other]).shape
+        if shape != leaf.shape:
+            raise UserError(f"init_from: {other} has shape {shape}, allowed: {leaf.shape} of {name}")
         taken += 1
-        return jax.device_put(table[other].astype(leaf.dtype), leaf.sharding)
+        return jax.device_put(precision.raw(table[other], leaf.dtype), leaf.sharding)
 
     params = jax.tree_util.tree_map_with_path(one, params)
     if not taken:
         raise UserError(f"init_from.include: found {spec.include!r}, allowed: a pattern that matches a parameter's name")
-    if router_bias is not None and source_bias is not None and source_bias.shape == router_bias.shape:
-        router_bias = source_bias
+    if router_bias is not None and source_bias is not None and source_bias.shape[1:] == router_bias.shape[1:]:
+        # a model without MTP takes the main layers' rows; rows that the source lacks stay 0
+        n = min(len(source_bias), len(router_bias))
+        router_bias = router_bias.at[:n].set(source_bias[:n])
     return params, router_bias
 
 
@@ -133,13 +155,32 @@ def clean(directory: pathlib.Path) -> None:
     """Removes what an interrupted save left behind."""
     if directory.is_dir():
         for path in directory.iterdir():
-            if "orbax-checkpoint-tmp" in path.name:
+            if _UNFINISHED in path.name:
                 shutil.rmtree(path, ignore_errors=True)
+            elif path.name.startswith(".final."):
+                path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _readable(path: str | pathlib.Path, leaf: str):
+    """Turns the many errors of a damaged checkpoint into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, json.JSONDecodeError, jax.errors.JaxRuntimeError) as error:
+        first = (str(error).strip().splitlines() or [""])[0][:200]
+        raise UserError(f"{leaf}: cannot read the checkpoint {path} ({type(error).__name__}: {first}), allowed: a whole one") from error
 
 
 def _as_abstract(tree):
+    """What to load of orbax's description of a tree, where a NamedTuple is a dict of its fields."""
+    if isinstance(tree, dict) and set(tree) == set(precision.Weight._fields):
+        return precision.Weight(**{k: _as_abstract(v) for k, v in tree.items()})
+    if isinstance(tree, dict):
+        return {k: _as_abstract(v) for k, v in tree.items()}
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=place), tree)
+    return None if tree is None else jax.ShapeDtypeStruct(tree.shape, tree.dtype, sharding=place)
 
 
 def _link(link: pathlib.Path, target: str) -> None:
