@@ -29,10 +29,22 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 DEFAULT_CONFIG = "configs/deepseek_v3.py:tiny"
 # name -> 'module:function', imported when called: matplotlib, grain and orbax would eat the start
 JOBS = {
+    "r1": "train.recipe:r1",
     "pretrain": "train.pretrain:pretrain",
+    "gate": "train.gate:gate",
+    "sft": "train.sft:sft",
+    "rl": "train.rl_loop:rl_job",
+    "rejection": "train.rejection:rejection",
     "eval": "train.eval_job:evaluate",
     "speed": "train.speed:speed",
     "schedule": "train.pipeline.job:schedule",
+    "import_hf": "train.convert:import_hf",
+    "export_hf": "train.convert:export_hf",
+    "sample": "train.sample:sample",
+    "chat": "train.sample:chat",
+    "report": "train.report:report",
+    "tokenizer": "data.tokenizer:tokenizer",
+    "bench": "pallas_kernels.bench:bench",
 }
 
 
@@ -122,7 +134,8 @@ def refuse_unused_kinds(argv: list[str], config: ConfigDict) -> None:
     for name in [a.removeprefix("--").split("=")[0] for a in argv if a.startswith("--config.")]:
         node, path = config, "config"
         for part in name.split(".")[1:]:
-            if "kind" in node and isinstance(node[part], ConfigDict) and part != node.kind:
+            # a subtree with a kind of its own (optimizer.ema) is a component beside the kinds, not one of them
+            if "kind" in node and isinstance(node[part], ConfigDict) and part != node.kind and "kind" not in node[part]:
                 raise UserError(f"{path}.{part}: found a leaf of a kind that is not chosen, allowed: leaves of {path}.kind={node.kind!r}")
             node, path = node[part], f"{path}.{part}"
 

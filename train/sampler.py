@@ -17,7 +17,9 @@ import numpy as np
 
 from model import precision, transformer
 from model.config import Execution, ModelConfig
+from model.dtypes import at_least_f32
 from model.errors import UserError, require
+from model.norm import rms_norm
 from model.transformer import Cache
 
 SMALLEST = 16  # tokens in the smallest bucket of prompts and caches
@@ -27,8 +29,8 @@ class Rollout(NamedTuple):
     """tokens i32 [B, N] (0 after the end); logp f32 [B, N] of the distribution sampled from (0 after the end; at temperature 0: of
     the unchanged distribution); mask bool [B, N]: the completion, its stop token included; lengths i32 [B] = sum of mask; finished
     bool [B]: a stop token came; experts i32 [n_moe, B, T + N, K] or None: by which experts prompt and completion were routed, prompt
-    and completion in one run without the padding between them, every token's choice there, the last one's too, zeros after: what
-    `transformer.apply(experts=...)` takes for rows packed so."""
+    and completion in one run without the padding between them, every token's choice there, the last one's too, valid junk after: what
+    `transformer.apply(experts=...)` takes for rows packed so; steps i32: decode steps run, for all rows at once."""
 
     tokens: Any
     logp: Any
@@ -36,6 +38,7 @@ class Rollout(NamedTuple):
     lengths: Any
     finished: Any
     experts: Any
+    steps: Any
 
 
 class _State(NamedTuple):
@@ -54,7 +57,7 @@ def generate(params, router_bias, prompts, prompt_lengths, sequence_ids, seed, s
              max_new: int, temperature=1.0, top_p=1.0, stop_ids=(), return_experts: bool = False) -> Rollout:
     """Completions of prompts i32 [B, T] (right-padded; prompt_lengths i32 [B], at least 1), sequence_ids i32 [B, 2] = (prompt, sample).
 
-    temperature 0 is greedy; top_p 1 is off. Compiled once for each (B, T rounded up to a power of two, max_new, number of stop ids).
+    temperature 0 is greedy; top_p 1 is off. Compiled once for each (B, T rounded up to a power of two, max_new).
     params: as stored, or from `precision.prepare`. Raises UserError.
     """
     lengths = np.asarray(prompt_lengths)
@@ -63,11 +66,13 @@ def generate(params, router_bias, prompts, prompt_lengths, sequence_ids, seed, s
     check_sampling(temperature, top_p)
     width = bucket(prompts.shape[1])
     padded = jnp.pad(jnp.asarray(prompts, jnp.int32), ((0, 0), (0, width - prompts.shape[1])))
+    stops = [*stop_ids, *[-1] * (-len(stop_ids) % 8 or 8)]  # a multiple of 8, so that their number compiles nothing
     rollout = _rollout(
         params, router_bias, padded, jnp.asarray(lengths, jnp.int32), jnp.asarray(sequence_ids, jnp.int32),
-        jnp.asarray([seed, step], jnp.uint32), jnp.asarray(temperature, jnp.float32), jnp.asarray(top_p, jnp.float32),
-        jnp.asarray(stop_ids, jnp.int32), cfg=cfg, run=run, max_new=max_new, return_experts=return_experts)
-    if not return_experts:
+        seeds(seed, step), jnp.asarray(temperature, jnp.float32), jnp.asarray(top_p, jnp.float32),
+        jnp.asarray(stops, jnp.int32), cfg=cfg, run=run, max_new=max_new,
+        return_experts=return_experts and cfg.moe is not None)
+    if rollout.experts is None:
         return rollout
     return rollout._replace(experts=rollout.experts[:, :, :prompts.shape[1] + max_new])
 
@@ -78,17 +83,17 @@ def _rollout(params, router_bias, prompts, prompt_lengths, sequence_ids, seed_an
     B, T = prompts.shape
     params, keys = ready(params, run), sequence_keys(seed_and_step, sequence_ids)
     cache = transformer.init_cache(cfg, B, bucket(T + max_new), cache_dtype(params, run))
-    logits, _, cache, chosen = forward(params, router_bias, cache, prompts, prompt_lengths, cfg, run)
+    logits, cache, chosen = forward(params, router_bias, cache, prompts, prompt_lengths, cfg, run)
     token, logp = draw(logits, keys, 0, temperature, top_p)
     ended = _is_stop(token, stop_ids)
-    experts = jnp.pad(chosen, ((0, 0), (0, 0), (0, max_new), (0, 0))) if return_experts and chosen is not None else None
+    experts = jnp.pad(chosen, ((0, 0), (0, 0), (0, max_new), (0, 0))) if return_experts else None
 
     def unfinished(s: _State):
         return jnp.any(s.pending) & (s.index < max_new + return_experts)
 
     def advance(s: _State) -> _State:
         before = jax.lax.dynamic_slice_in_dim(s.tokens, s.index - 1, 1, axis=1)
-        logits, _, cache, chosen = forward(params, router_bias, s.cache, before, s.pending.astype(jnp.int32), cfg, run)
+        logits, cache, chosen = forward(params, router_bias, s.cache, before, s.pending.astype(jnp.int32), cfg, run)
         experts = s.experts
         if experts is not None:  # a row that is not pending writes past the end: dropped
             place = jnp.where(s.pending, s.cache.lengths, experts.shape[2])
@@ -107,7 +112,8 @@ def _rollout(params, router_bias, prompts, prompt_lengths, sequence_ids, seed_an
     last = jax.lax.while_loop(unfinished, advance, first)
     stops = _is_stop(last.tokens, stop_ids)
     mask = jnp.cumsum(stops, axis=1, dtype=jnp.int32) == stops.astype(jnp.int32)
-    return Rollout(last.tokens, last.logp, mask, jnp.sum(mask, axis=1, dtype=jnp.int32), last.ended, last.experts)
+    return Rollout(last.tokens, last.logp, mask, jnp.sum(mask, axis=1, dtype=jnp.int32), last.ended, last.experts,
+                   last.index - 1)
 
 
 def stream(params, router_bias, prompt_ids, cfg: ModelConfig, run: Execution, *, max_new: int, temperature=1.0, top_p=1.0,
@@ -120,12 +126,12 @@ def stream(params, router_bias, prompt_ids, cfg: ModelConfig, run: Execution, *,
     n = len(prompt_ids)
     require(n >= 1, "prompt", list(prompt_ids), "at least one token")
     params = ready(params, run)
-    keys = sequence_keys(jnp.asarray([seed, step], jnp.uint32), jnp.asarray([sequence_id], jnp.int32))
+    keys = sequence_keys(seeds(seed, step), jnp.asarray([sequence_id], jnp.int32))
     cache = transformer.init_cache(cfg, 1, bucket(n + 1), cache_dtype(params, run))
     tokens = jnp.pad(jnp.asarray([prompt_ids], jnp.int32), ((0, 0), (0, bucket(n) - n)))
     knobs = jnp.asarray(temperature, jnp.float32), jnp.asarray(top_p, jnp.float32)
     for index in range(max_new):
-        cache = transformer.grow(cache, n + index + 1)
+        cache = room(cache, n + index + 1)
         token, cache = _advance(params, router_bias, cache, tokens, jnp.asarray([n if index == 0 else 1], jnp.int32), keys,
                                 jnp.asarray(index, jnp.int32), *knobs, cfg=cfg, run=run)
         tokens = token[:, None]
@@ -137,8 +143,13 @@ def stream(params, router_bias, prompt_ids, cfg: ModelConfig, run: Execution, *,
 @functools.partial(jax.jit, static_argnames=("cfg", "run"), donate_argnames="cache")
 def _advance(params, router_bias, cache, tokens, n_valid, keys, index, temperature, top_p, *, cfg, run):
     """Feeds tokens and draws the next one: (token [B], cache)."""
-    logits, _, cache, _ = forward(params, router_bias, cache, tokens, n_valid, cfg, run)
+    logits, cache, _ = forward(params, router_bias, cache, tokens, n_valid, cfg, run)
     return draw(logits, keys, index, temperature, top_p)[0], cache
+
+
+def room(cache: Cache, capacity: int) -> Cache:
+    """The cache, grown if it holds fewer than `capacity` tokens a row."""
+    return cache if next(iter(cache.kv.values())).shape[2] >= capacity else transformer.grow(cache, capacity)
 
 
 def n_compiles() -> int:
@@ -146,23 +157,26 @@ def n_compiles() -> int:
     return _advance._cache_size()
 
 
-def forward(params, router_bias, cache: Cache, tokens, n_valid, cfg: ModelConfig, run: Execution):
-    """Appends right-padded tokens [B, T], n_valid [B] of them real -> (logits [B, V] and hidden [B, D] of each row's last real token,
-    cache, experts i32 [n_moe, B, T, K]): `transformer.apply`, but with the head on that one token alone."""
+def append(params, router_bias, cache: Cache, tokens, n_valid, cfg: ModelConfig, run: Execution):
+    """Feeds right-padded tokens i32 [B, T], n_valid [B] of them real -> (x [B, T, D] before the final norm, cache, experts)."""
     n_moe = cfg.n_moe_layers if cfg.moe else 0
-    aux = dict(positions=None, segment_ids=None, tokens=tokens, cache=cache, n_valid=n_valid,
+    aux = dict(positions=None, segment_ids=None, cache=cache, n_valid=n_valid,
                router_bias=None if router_bias is None else router_bias[:n_moe])
-    x, staged = transformer.stage(
-        {k: params[k] for k in ("dense", "moe") if k in params}, transformer.embed(params, tokens, cfg, run), aux, cfg, run)
-    if tokens.shape[1] > 1:
-        x = jnp.take_along_axis(x, jnp.maximum(n_valid - 1, 0)[:, None, None], axis=1)
-    output = transformer.tail(params, x, aux, cfg, run)
-    return output.logits[:, 0], output.hidden[:, 0], Cache(staged.kv, cache.lengths + n_valid), staged.experts
+    layers = {k: params[k] for k in ("dense", "moe") if k in params}
+    x, staged = transformer.stage(layers, transformer.embed(params, tokens, cfg, run), aux, cfg, run)
+    return x, Cache(staged.kv, cache.lengths + n_valid), staged.experts
+
+
+def forward(params, router_bias, cache: Cache, tokens, n_valid, cfg: ModelConfig, run: Execution):
+    """`append`, and the head on the last real token of each row alone -> (logits [B, V], cache, experts i32 [n_moe, B, T, K])."""
+    x, cache, experts = append(params, router_bias, cache, tokens, n_valid, cfg, run)
+    last = jnp.take_along_axis(x, jnp.maximum(n_valid - 1, 0)[:, None, None], axis=1)
+    return transformer.head(params, rms_norm(last, params["norm"], cfg.norm_eps))[:, 0], cache, experts
 
 
 def draw(logits_BV, keys_B, index, temperature, top_p):
     """(token i32 [B], logp f32 [B]): the index-th draw of each row from softmax(logits / temperature) cut to top_p."""
-    logits = logits_BV.astype(jnp.promote_types(logits_BV.dtype, jnp.float32))
+    logits = logits_BV.astype(at_least_f32(logits_BV.dtype))
 
     def sample():
         scaled = scale_logits(logits, temperature, top_p)
@@ -189,6 +203,11 @@ def scale_logits(logits, temperature, top_p):
         return jnp.where(scaled >= edge, scaled, -jnp.inf)
 
     return jax.lax.cond(top_p < 1, cut, lambda: scaled)
+
+
+def seeds(seed: int, step: int):
+    """(seed, step) u32 [2], any integers."""
+    return jnp.asarray(np.asarray([seed, step], np.int64) & 0xFFFFFFFF, jnp.uint32)
 
 
 def sequence_keys(seed_and_step, sequence_ids):
