@@ -1,0 +1,243 @@
+"""Grouped products in bf16 for Hopper, in Pallas Mosaic GPU: rows w^T, rows w, dy^T x, one frame.
+
+A block has two consumer warpgroups of 128 x 128 and a producer; a stage is 64 of the reduction (128 bytes). An operand
+lies 'k' (its rows hold the reduction) or 'mn' (its columns do); wgmma in bf16 reads either, so dgrad and weight
+gradient need no transposed copies. The persistent grid walks the row tiles of a table made on the device
+(`grouped_matmul.tiles`). With `interpret` Pallas barriers and copies stand in for those of `pallas_kernels.hopper`.
+"""
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import hopper
+from pallas_kernels.grouped_matmul import tiles
+from pallas_kernels.grouped_matmul.tuned import INTERPRET, PAIR, Tuning
+from pallas_kernels.quantize.reference import ceil_div, pad
+
+STEP = 64  # of the reduction a stage
+SCALAR = plgpu.Layout.WG_SPLAT(())
+REF = plgpu.RefType()
+
+
+def tiled(columns: int) -> tuple:
+    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)
+
+
+def gemm(
+    a: jax.Array, b: jax.Array, table: tuple[jax.Array, jax.Array], *, major: tuple[str, str], n: int,
+    b_stride: int, out_shape: jax.ShapeDtypeStruct, tuning: Tuning = PAIR, accumulate: jax.Array | None = None,
+    offset: jax.Array | None = None, interpret: bool = False,
+) -> jax.Array:
+    """a [rows, K] or ('mn') [K, rows]; b [groups * b_stride, K] or [groups * b_stride, n] -> out_shape [rows, n].
+
+    Group g of B starts at row g * b_stride; `accumulate` float32 is added in place, `offset` f32 [1] to every element.
+    """
+    c, (_, columns), itemsize = tuning, out_shape.shape, out_shape.dtype.itemsize
+    S, cluster, chunk, add = c.stages, c.cluster, 128 // out_shape.dtype.itemsize, accumulate is not None
+    n_groups = ceil_div(ceil_div(n, c.tile_n), cluster)
+    grid = c.sms // cluster
+    a_block = (2, 128, STEP) if major[0] == "k" else (2, STEP, 128)
+    b_block = (c.tile_n, STEP) if major[1] == "k" else (STEP, c.tile_n)
+
+    def body(a_gmem, b_gmem, count_gmem, tiles_gmem, *refs):
+        offset_gmem, *refs = refs if offset is not None else (None, *refs)
+        d_gmem, a_smem, b_smem, d_smem, full, empty = refs
+        wg, block = lax.axis_index("wg"), lax.axis_index("grid")
+        rank = lax.axis_index("cluster") if cluster > 1 else 0
+
+        def inline(f, arguments, out=None):
+            return plgpu.inline_mgpu(arg_types=arguments, return_type=out)(f)
+
+        if interpret:
+            def wait_full(slot, parity):
+                plgpu.barrier_wait(full.at[slot])
+
+            def release(slot):
+                plgpu.barrier_arrive(empty.at[slot])
+
+            def uniform(x):
+                return x
+
+            def store_tile(wg, at, col, valid):  # any number of rows, by powers of two
+                done = jnp.int32(0)
+                for rows in (64, 32, 16, 8, 4, 2, 1):
+                    now = jnp.minimum(valid, 64) & rows
+
+                    @pl.when(now != 0)
+                    def _(done=done, rows=rows):
+                        plgpu.copy_smem_to_gmem(d_smem.at[wg, pl.ds(done, rows)],
+                                                d_gmem.at[pl.ds(at + done, rows), pl.ds(col, chunk)])
+
+                    done = done + now
+        else:
+            inline(hopper.init_barriers(S, 2, cluster), (REF,))(full)
+            staged = plgpu.RefType(tiled(STEP))
+            raw_load = inline(hopper.produce_bf16(S, c.tile_n, cluster, major), (REF, REF, staged, staged, REF)
+                              + (SCALAR,) * 6)
+            raw_wait = inline(hopper.wait_full, (REF, SCALAR, SCALAR))
+            raw_release = inline(hopper.release(S, cluster), (REF, SCALAR))
+            uniform = inline(hopper.uniform, (SCALAR,), plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR))
+            raw_store = inline(hopper.store_tile(chunk, itemsize, None, add),
+                               (plgpu.RefType(tiled(chunk)), REF) + (SCALAR,) * 3)
+            store_rows = inline(hopper.store_rows(columns, itemsize, add), (plgpu.Layout.WGMMA, REF) + (SCALAR,) * 4)
+
+            def wait_full(slot, parity):
+                raw_wait(full, slot, parity)
+
+            def release(slot):
+                raw_release(full, slot)
+
+            def store_tile(wg, at, col, valid):
+                raw_store(d_smem, d_gmem, wg, at, col)
+
+        m_tiles = uniform(count_gmem[0])
+        total = m_tiles * n_groups
+        mine = lax.div(total - block + (grid - 1), jnp.int32(grid))
+
+        def tile(i):
+            """Column and the FIELDS of this block's i-th tile."""
+            col, m = hopper.walk(block + i * grid, n_groups, m_tiles, c.group)
+            return (col * cluster + rank) * c.tile_n, *(uniform(tiles_gmem[j, m]) for j in range(len(tiles.FIELDS)))
+
+        def advance(slot, parity):
+            wrap = slot == S - 1
+            return jnp.where(wrap, 0, slot + 1), jnp.where(wrap, parity ^ 1, parity)
+
+        def producer():
+            plgpu.set_max_registers(24, action="decrease")
+
+            def per_tile(i, carry):
+                col, row, _, _, _, group, first_k, k_blocks = tile(i)
+
+                def per_block(k, carry):
+                    slot, parity, step = carry
+                    k = (first_k + k) * STEP
+                    if not interpret:
+                        raw_load(a_gmem, b_gmem, a_smem, b_smem, full, slot, parity, row, col, group * b_stride, k)
+                        return *advance(slot, parity), step + 1
+                    pl.when(step >= S)(lambda: plgpu.barrier_wait(empty.at[slot]))
+                    for half in range(2):
+                        rows, ks = pl.ds(row + half * 128, 128), pl.ds(k, STEP)
+                        plgpu.copy_gmem_to_smem(a_gmem.at[(rows, ks) if major[0] == "k" else (ks, rows)],
+                                                a_smem.at[slot, half], full.at[slot])
+                    first = group * b_stride
+                    where = ((pl.ds(first + col, c.tile_n), pl.ds(k, STEP)) if major[1] == "k" else
+                             (pl.ds(first + k, STEP), pl.ds(col, c.tile_n)))
+                    plgpu.copy_gmem_to_smem(b_gmem.at[where], b_smem.at[slot], full.at[slot])
+                    return *advance(slot, parity), step + 1
+
+                return lax.fori_loop(0, k_blocks, per_block, carry)
+
+            _, _, steps = lax.fori_loop(0, mine, per_tile, (jnp.int32(0), jnp.int32(0), jnp.int32(0)))
+            if interpret:  # leave no arrival unread
+                lax.fori_loop(jnp.maximum(steps - S, 0), steps,
+                              lambda step, _: plgpu.barrier_wait(empty.at[lax.rem(step, S)]), None)
+
+        def consumer():
+            plgpu.set_max_registers(240, action="increase")
+
+            def per_tile(i, carry):
+                col, _, row, rows, _, _, _, k_blocks = tile(i)
+
+                def compute():
+                    def reduction(acc):
+                        def per_block(k, carry):
+                            slot, parity, held = carry
+                            wait_full(slot, parity)
+                            left, right = a_smem.at[slot, wg], b_smem.at[slot]
+                            plgpu.wgmma(acc, left if major[0] == "k" else left.transpose((1, 0)),
+                                        right.transpose((1, 0)) if major[1] == "k" else right)
+                            plgpu.wgmma_wait(1)  # the product before this one is done
+                            pl.when(k > 0)(lambda: release(held))
+                            return *advance(slot, parity), slot
+
+                        slot, parity, held = lax.fori_loop(0, k_blocks, per_block, (*carry, jnp.int32(0)))
+                        plgpu.wgmma_wait(0)
+                        pl.when(k_blocks > 0)(lambda: release(held))
+                        return acc[...], slot, parity
+
+                    total, slot, parity = pl.run_scoped(reduction, plgpu.ACC((128, c.tile_n), jnp.float32))
+                    out = (total if offset is None else total + offset_gmem[0]).astype(out_shape.dtype)
+                    for half in range(2):
+                        below = wg * 128 + half * 64
+                        store(out[half * 64:(half + 1) * 64], row + below, rows - below)
+                    return slot, parity
+
+                def store(out, at, valid):
+                    def whole():
+                        for e in range(0, c.tile_n, chunk):
+                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                            d_smem[wg] = out[:, e:e + chunk]
+                            plgpu.commit_smem()
+                            store_tile(wg, at, col + e, valid)
+
+                    if interpret:
+                        pl.when(valid > 0)(whole)
+                    else:
+                        lax.cond(valid >= 64, whole, lambda: store_rows(out, d_gmem, at, col, 0, valid))
+
+                def idle():
+                    def per_block(k, carry):
+                        wait_full(*carry)
+                        release(carry[0])
+                        return advance(*carry)
+                    return lax.fori_loop(0, k_blocks, per_block, carry)
+
+                return lax.cond(wg * 128 < rows, compute, idle)
+
+            lax.fori_loop(0, mine, per_tile, (jnp.int32(0), jnp.int32(0)))
+            plgpu.wait_smem_to_gmem(0)
+
+        lax.cond(wg < 2, consumer, producer)
+        if cluster > 1:
+            inline(lambda ctx: hopper.cluster_sync(cluster), ())()
+
+    barriers = ((plgpu.Barrier(num_arrivals=3, num_barriers=S), plgpu.Barrier(num_arrivals=2, num_barriers=S))
+                if interpret else (plgpu.SMEM((4 * S,), jnp.int32), plgpu.SMEM((8,), jnp.int32)))
+    scratch = (
+        plgpu.SMEM((S, *a_block), jnp.bfloat16, transforms=tiled(STEP)),
+        plgpu.SMEM((S, *b_block), jnp.bfloat16, transforms=tiled(STEP)),
+        plgpu.SMEM((2, 64, chunk), out_shape.dtype, transforms=tiled(chunk)),
+        *barriers,
+    )
+    operands = (a, b, *table, *(() if offset is None else (offset,)))
+    return hopper.launch(body, operands, out_shape, scratch, name="grouped_matmul", grid=grid, cluster=cluster,
+                         warpgroups=3, accumulate=accumulate, interpret=interpret)
+
+
+def by_rows(rows: jax.Array, w: jax.Array, group_sizes: jax.Array, contract: int, interpret: bool) -> jax.Array:
+    """rows [M, K] with w [G, N, K]: contract 2 gives rows w^T [M, N], contract 1 rows [M, N] w -> [M, K].
+
+    TMA wants rows of 16 bytes and, of an 'mn' operand, tiles of 8 x 64; interpret mode no reads out of bounds."""
+    M, reduced, n = rows.shape[0], w.shape[contract], w.shape[3 - contract]
+    multiple = 128 if interpret else 64
+    w = jnp.pad(w, ((0, 0), (0, -w.shape[1] % multiple), (0, -w.shape[2] % multiple)))
+    rows = jnp.pad(rows, ((0, 256), (0, -reduced % STEP))) if interpret else pad(rows, 1, 8)
+    table = tiles.row_tiles(group_sizes, M, ceil_div(reduced, STEP), 256)
+    columns = n + -n % (128 if interpret else 8)
+    out = gemm(rows, w.reshape(-1, w.shape[2]), table, major=("k", "k" if contract == 2 else "mn"), n=n,
+               b_stride=w.shape[1], out_shape=jax.ShapeDtypeStruct((rows.shape[0], columns), rows.dtype),
+               tuning=INTERPRET if interpret else PAIR, interpret=interpret)
+    return out[:M, :n]
+
+
+def weight_gradient(
+    dy: jax.Array, x: jax.Array, group_sizes: jax.Array, accumulate: jax.Array | None, interpret: bool
+) -> jax.Array:
+    """dy [M, N], x [M, K] -> f32 [G, N, K]; group sizes multiples of 128, else NaN."""
+    G, N, K = group_sizes.shape[0], dy.shape[1], x.shape[1]
+    if interpret:
+        dy, x = (jnp.pad(v, [(0, 256 + -n % 128) for n in v.shape]) for v in (dy, x))
+    else:
+        dy, x = pad(dy, 8, 64), pad(x, 8, 64)
+    columns = K + -K % (128 if interpret else 4)
+    in_place = hopper.in_place(accumulate) and columns == K and not interpret
+    out = gemm(dy, x, tiles.gradient_tiles(group_sizes, N, 256, STEP), major=("mn", "mn"), n=K, b_stride=0,
+               out_shape=jax.ShapeDtypeStruct((G * N, columns), jnp.float32),
+               tuning=INTERPRET if interpret else PAIR, interpret=interpret,
+               accumulate=accumulate.reshape(G * N, K) if in_place else None,
+               offset=tiles.poison(group_sizes, 128)[None])
+    out = out[:, :K].reshape(G, N, K)
+    return out if in_place or accumulate is None else out + accumulate

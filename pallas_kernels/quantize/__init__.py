@@ -1,0 +1,8 @@
+from pallas_kernels.quantize.op import (  # noqa: F401
+    dequantize_tiles,
+    quantize_both,
+    quantize_tiles,
+    quantize_weight,
+    requantize_tiles,
+    swiglu_quantize,
+)

@@ -1,0 +1,225 @@
+"""On one Hopper GPU: every kernel against float64, V3's shapes, bitwise repeats, promotion, layouts in the compiled HLO.
+
+DEEPSEEK_JAX_TEST_GPU=1 python -m pytest -m gpu tests/test_kernels_gpu.py
+"""
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quantize
+from pallas_kernels.quantize import reference
+from tests.test_kernels_fp8_matmul import accumulation_errors
+
+pytestmark = pytest.mark.gpu
+
+# (N, K) of q_down + kv_down, q_up, kv_up, output, dense gate/up shard, expert down; and their dgrads
+V3 = ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
+kernel = functools.partial(jax.jit, static_argnames=("out_dtype", "promotion"))
+quantise = jax.jit(reference.quantize_tiles, static_argnums=(1, 2, 3))
+
+
+def random(seed, *shape, outliers=False):
+    x = jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+    if outliers:
+        hot = jax.random.bernoulli(jax.random.key(seed + 1), 1e-5, shape)
+        x = jnp.where(hot, x * 1e4, x).at[..., 0, :].multiply(1e3).at[..., 1, :].set(0.0)
+    return x
+
+
+def errors(got, left, right, contract=((1,), (1,))):
+    """(relative norm error, 1 - 2xy/(xx + yy)) against the float64 product."""
+    with jax.enable_x64(True):
+        @jax.jit
+        def both(got, left, right):
+            want = jax.lax.dot_general(left.astype(jnp.float64), right.astype(jnp.float64), (contract, ((), ())))
+            x = got.astype(jnp.float64)
+            return (jnp.linalg.norm(x - want) / jnp.linalg.norm(want),
+                    1 - 2 * jnp.sum(x * want) / jnp.sum(x * x + want * want))
+        return tuple(float(e) for e in both(got, left, right))
+
+
+def check(run, left, right, dequantised, contract=((1,), (1,)), tolerance=3e-3):
+    got = run()
+    assert bool(jnp.all(jnp.isfinite(got)))
+    assert bool(jnp.array_equal(got, run())), "not the same bits twice"
+    assert errors(got, *dequantised, contract)[0] < tolerance
+    assert errors(got, left, right, contract)[1] < 1e-3
+
+
+def same(got, want, tolerance=0.0):
+    """Bit for bit, or but for a share of the elements (where the fused activation rounds otherwise)."""
+    for g, w in zip(got, want, strict=True):
+        assert g.shape == w.shape and g.dtype == w.dtype
+        g, w = (np.asarray(v.astype(jnp.float32)) for v in (g, w))
+        unlike = (g != w) & ~(np.isnan(g) & np.isnan(w))
+        assert unlike.mean() <= tolerance, (unlike.sum(), np.argwhere(unlike)[:3], g[unlike][:3], w[unlike][:3])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("shape", [(4096, 7168), (4096, 2112), (1, 576), (130, 200), (2, 144, 384)])
+def test_quantisation_is_the_reference_bit_for_bit(shape, power_of_two, dtype):
+    x = random(0, *shape, outliers=shape[-2] > 1).astype(dtype)
+    x = x.at[..., -1, 3].set(jnp.nan) if shape[-2] == 130 else x
+    for tile, format_ in (((1, 128), "e4m3"), ((1, 128), "e5m6"), ((128, 128), "e4m3"), ((128, 1), "e4m3")):
+        if tile == (128, 1) and shape[-2] % 16:
+            continue
+        got = jax.jit(functools.partial(quantize.quantize_tiles, implementation="kernel"), static_argnums=(1, 2, 3))
+        same(got(x, tile, format_, power_of_two), quantise(x, tile, format_, power_of_two))
+    if shape[-2] % 16 == 0:
+        (rows, columns) = quantize.quantize_both(x, power_of_two, implementation="kernel")
+        same((*rows, *columns), (*quantise(x, (1, 128), "e4m3", power_of_two),
+                                 *quantise(x, (128, 1), "e4m3", power_of_two)))
+        q, copy, scale = quantize.quantize_weight(x, power_of_two, implementation="kernel")
+        want = quantise(x, (128, 128), "e4m3", power_of_two)
+        same((q, copy, scale), (want[0], want[0].mT, want[1]))
+
+
+def test_fused_forms_are_their_parts():
+    h = random(0, 4096, 4096).astype(jnp.bfloat16)
+    for tile in ((1, 128), (128, 1)):
+        want = jax.jit(functools.partial(quantize.swiglu_quantize, tile=tile, implementation="reference"))
+        got = jax.jit(functools.partial(quantize.swiglu_quantize, tile=tile, implementation="kernel"))
+        q, scale = got(h)
+        np.testing.assert_allclose(scale, want(h)[1], rtol=1e-5)
+        same((q,), want(h)[:1], 1e-3)
+        cached = quantise(h, (1, 128), "e4m3", False)
+        np.testing.assert_allclose(got(*cached)[1], want(*cached)[1], rtol=1e-5)
+        same(got(*cached)[:1], want(*cached)[:1], 1e-3)
+    for format_, power in (("e4m3", False), ("e5m6", True)):
+        cached = quantise(h, (1, 128), format_, power)
+        for tile in ((128, 1), (1, 128)):
+            got, want = (jax.jit(functools.partial(quantize.requantize_tiles, tile=tile, implementation=i))(*cached)
+                         for i in ("kernel", "reference"))
+            same(got, want)
+
+
+def test_no_transpose_is_left_between_quantisation_and_products():
+    @jax.jit
+    def linear(x, dy, w, w_copy, w_scale):
+        a, b = quantize.quantize_tiles(x), quantize.quantize_both(dy)
+        columns = quantize.requantize_tiles(*a)
+        return (fp8_matmul.matmul(*a, w, w_scale), fp8_matmul.matmul(*b[0], w_copy, w_scale.T),
+                fp8_matmul.weight_gradient(*b[1], *columns))
+
+    x, dy, w = random(0, 512, 1024), random(2, 512, 768), random(4, 768, 1024)
+    operands = quantize.quantize_weight(w)
+    text = linear.lower(x, dy, *operands).compile().as_text()
+    copies = re.findall(r"(\w+)\[([\d,]+)\]\S* (?:transpose|fusion)\(", text)
+    # nothing is left but the block scales of the weight, 6 x 8
+    assert text.count("custom_call_target") == 6 and all(shape in ("8,6", "6,8") for _, shape in copies), copies
+
+
+def rows_and_blocks(x, w):
+    a, b = quantise(x, (1, 128), "e4m3", False), quantise(w, (128, 128), "e4m3", False)
+    return (*a, *b), (quantize.dequantize_tiles(*a), quantize.dequantize_tiles(*b, (128, 128)))
+
+
+@pytest.mark.parametrize("m", [1, 64, 128, 4096])
+@pytest.mark.parametrize("n, k", V3 + ((7168, 2112), (1536, 24576), (512, 32768)))
+def test_dense_forward_and_dgrad_at_v3_shapes(m, n, k):
+    x, w = random(0, m, k), random(2, n, k)
+    operands, dequantised = rows_and_blocks(x, w)
+    run = jax.jit(functools.partial(fp8_matmul.matmul, implementation="kernel"))
+    check(lambda: run(*operands), x, w, dequantised)
+
+
+@pytest.mark.parametrize("m, n, k", [(1, 1, 1), (3, 5, 7), (65, 200, 300), (129, 1000, 130), (4096, 24, 8), (7, 4, 5000)])
+@pytest.mark.parametrize("b_tile", [(128, 128), (1, 128)])
+def test_dense_at_any_size_with_outliers(m, n, k, b_tile):
+    x, w = random(0, m, k, outliers=m > 4), random(2, n, k)
+    a, b = quantise(x, (1, 128), "e4m3", False), quantise(w, b_tile, "e4m3", False)
+    for dtype, tolerance in ((jnp.float32, 1e-3), (jnp.bfloat16, 4e-3)):
+        got = fp8_matmul.matmul(*a, *b, out_dtype=dtype, implementation="kernel")
+        assert got.shape == (m, n)
+        assert errors(got, quantize.dequantize_tiles(*a), quantize.dequantize_tiles(*b, b_tile))[0] < tolerance
+
+
+@pytest.mark.parametrize("n, k", V3)
+def test_dense_weight_gradient_adds_to_what_is_there(n, k):
+    dy, x = random(0, 4096, n), random(2, 4096, k)
+    dy_q, x_q = (quantise(v, (128, 1), "e4m3", False) for v in (dy, x))
+    dequantised = [quantize.dequantize_tiles(*q, (128, 1)) for q in (dy_q, x_q)]
+    run = jax.jit(functools.partial(fp8_matmul.weight_gradient, implementation="kernel"))
+    check(lambda: run(*dy_q, *x_q), dy, x, dequantised, ((0,), (0,)), 3e-4)
+    got = run(*dy_q, *x_q, accumulate=jnp.ones((n, k)))
+    assert float(jnp.abs(got - 1 - run(*dy_q, *x_q)).max()) < 1e-2
+
+
+def test_without_promotion_the_error_at_k_4096_is_that_of_14_bits():
+    run = functools.partial(fp8_matmul.matmul, out_dtype=jnp.float32, implementation="kernel")
+    promoted, kept = accumulation_errors(run, np.random.default_rng(0), 1024)
+    print("max error / rms: promoted", promoted, "never promoted", kept)
+    assert 0.003 < kept < 0.04 and promoted < kept / 5
+
+
+def test_non_finite_values_reach_their_row_only():
+    x = random(0, 256, 512).at[3, 7].set(jnp.nan).at[200, 300].set(jnp.inf)
+    operands, _ = rows_and_blocks(x, random(2, 384, 512))
+    finite = jnp.isfinite(fp8_matmul.matmul(*operands, implementation="kernel")).all(1)
+    assert sorted(int(i) for i in jnp.flatnonzero(~finite)) == [3, 200]
+
+
+SIZES = ((8192, (2048, 0, 1920, 128, 3968)), (1024, (1, 300, 0, 77, 130)), (2048, (2048, 0)), (512, (0, 0, 0)))
+
+
+def groups(sizes, m):
+    starts = np.cumsum(sizes) - np.array(sizes)
+    return [(g, slice(int(s), int(s) + n)) for g, (s, n) in enumerate(zip(starts, sizes, strict=True)) if n]
+
+
+@pytest.mark.parametrize("m, sizes", SIZES)
+@pytest.mark.parametrize("n, k", [(4096, 7168), (7168, 2048), (1000, 328)])
+def test_grouped_fp8_and_bf16_of_each_group_and_zeros_after(m, sizes, n, k):
+    x, w = random(0, m, k), random(2, len(sizes), n, k)
+    operands, (x_, w_) = rows_and_blocks(x, w)
+    sizes_ = jnp.array(sizes, jnp.int32)
+    run = jax.jit(functools.partial(grouped_fp8_matmul.grouped_matmul, implementation="kernel"))
+    got = run(*operands, sizes_)
+    bf16 = jax.jit(functools.partial(grouped_matmul.matmul, implementation="kernel"))
+    x16, w16 = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    got16 = bf16(x16, w16, sizes_)
+    dgrad = jax.jit(functools.partial(grouped_matmul.dgrad, implementation="kernel"))
+    back16 = dgrad(got16, w16, sizes_)
+    assert bool(jnp.array_equal(got, run(*operands, sizes_))) and bool(jnp.array_equal(got16, bf16(x16, w16, sizes_)))
+    for g, rows in groups(sizes, m):
+        assert errors(got[rows], x_[rows], w_[g])[0] < 3e-3
+        assert errors(got16[rows], x16[rows], w16[g])[0] < 3e-3
+        assert errors(back16[rows], got16[rows], w16[g], ((1,), (0,)))[0] < 3e-3
+    for out in (got, got16, back16):
+        assert not bool(out[sum(sizes):].any())
+
+
+def test_masked_rows():
+    counts = jnp.array([64, 0, 256, 100], jnp.int32)
+    x, w = random(0, 4, 256, 512), random(2, 4, 384, 512)
+    operands, (x_, w_) = rows_and_blocks(x, w)
+    got = grouped_fp8_matmul.masked_matmul(*operands, counts, implementation="kernel")
+    for g, n in enumerate([64, 0, 256, 100]):
+        assert not n or errors(got[g, :n], x_[g, :n], w_[g])[0] < 3e-3
+        assert not bool(got[g, n:].any())
+
+
+@pytest.mark.parametrize("n, k", [(4096, 7168), (7168, 2048), (1000, 328)])
+def test_grouped_weight_gradients(n, k):
+    sizes = (1024, 0, 384, 128)
+    dy, x = random(0, 2048, n), random(2, 2048, k)
+    sizes_ = jnp.array(sizes, jnp.int32)
+    dy_q, x_q = (quantise(v, (128, 1), "e4m3", False) for v in (dy, x))
+    dy_, x_ = (quantize.dequantize_tiles(*q, (128, 1)) for q in (dy_q, x_q))
+    dy16, x16 = dy.astype(jnp.bfloat16), x.astype(jnp.bfloat16)
+    fp8 = jax.jit(functools.partial(grouped_fp8_matmul.weight_gradient, implementation="kernel"))
+    bf16 = jax.jit(functools.partial(grouped_matmul.weight_gradient, implementation="kernel"))
+    for run, operands, left, right in ((fp8, (*dy_q, *x_q), dy_, x_), (bf16, (dy16, x16), dy16, x16)):
+        got = run(*operands, sizes_)
+        assert bool(jnp.array_equal(got, run(*operands, sizes_))) and not bool(got[1].any())
+        for g, rows in groups(sizes, 2048):
+            assert errors(got[g], left[rows], right[rows], ((0,), (0,)))[0] < 3e-4
+        more = run(*operands, sizes_, accumulate=jnp.ones_like(got))
+        assert float(jnp.abs(more - 1 - got).max()) < 1e-2
+        uneven = run(*operands, jnp.array([1000, 0, 400, 128], jnp.int32))
+        assert bool(jnp.isnan(uneven[jnp.array([0, 2, 3])]).all())

@@ -1,0 +1,159 @@
+"""The fast kernels lower for CUDA without a GPU, and their plain Pallas versions run in GPU interpret mode."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import ShapeDtypeStruct as S
+
+from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quantize, target
+from pallas_kernels.fp8_matmul import tuned
+from pallas_kernels.grouped_matmul import tiles
+
+E4M3, F32, BF16, I32 = jnp.float8_e4m3fn, jnp.float32, jnp.bfloat16, jnp.int32
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Lets `implementation='kernel'` be traced here: lowering needs no card."""
+    monkeypatch.setattr(target, "is_hopper", lambda: True)
+
+
+def rows(m, k):
+    return S((m, k), E4M3), S((m, -(-k // 128)), F32)
+
+
+def blocks(*shape):
+    return S(shape, E4M3), S((*shape[:-2], *(-(-n // 128) for n in shape[-2:])), F32)
+
+
+def columns(m, k):
+    return S((m, k), E4M3), S((-(-m // 128), k), F32)
+
+
+dense = functools.partial(fp8_matmul.matmul, implementation="kernel")
+KERNELS = {
+    "dense, tall tiles": (dense, (*rows(4096, 7168), *blocks(4096, 7168))),
+    "dense, wide tiles": (dense, (*rows(4096, 1536), *blocks(24576, 1536))),
+    "dense, 64 rows": (dense, (*rows(64, 7168), *blocks(2112, 7168))),
+    "dense, ragged": (dense, (*rows(129, 130), *blocks(1000, 130))),
+    "dense, never promoted": (functools.partial(dense, promotion=4096), (*rows(256, 4096), *blocks(256, 4096))),
+    "dense gradient": (lambda *a: fp8_matmul.weight_gradient(*a[:4], accumulate=a[4], implementation="kernel"),
+                       (*columns(4096, 2112), *columns(4096, 7168), S((2112, 7168), F32))),
+    "fp8 grouped": (functools.partial(grouped_fp8_matmul.grouped_matmul, implementation="kernel"),
+                    (*rows(1024, 2048), *blocks(4, 512, 2048), S((4,), I32))),
+    "fp8 masked": (functools.partial(grouped_fp8_matmul.masked_matmul, implementation="kernel"),
+                   (S((4, 256, 512), E4M3), S((4, 256, 4), F32), *blocks(4, 512, 512), S((4,), I32))),
+    "fp8 grouped gradient": (functools.partial(grouped_fp8_matmul.weight_gradient, implementation="kernel"),
+                             (*columns(1024, 512), *columns(1024, 640), S((4,), I32))),
+    "bf16 grouped": (functools.partial(grouped_matmul.matmul, implementation="kernel"),
+                     (S((1024, 512), BF16), S((4, 640, 512), BF16), S((4,), I32))),
+    "bf16 grouped dgrad": (functools.partial(grouped_matmul.dgrad, implementation="kernel"),
+                           (S((1024, 640), BF16), S((4, 640, 512), BF16), S((4,), I32))),
+    "bf16 grouped gradient": (lambda *a: grouped_matmul.weight_gradient(*a[:3], accumulate=a[3], implementation="kernel"),
+                              (S((1024, 640), BF16), S((1024, 512), BF16), S((4,), I32), S((4, 640, 512), F32))),
+    "quantise both": (functools.partial(quantize.quantize_both, implementation="kernel"), (S((256, 2112), BF16),)),
+    "quantise weight": (functools.partial(quantize.quantize_weight, implementation="kernel"), (S((2, 64, 128), F32),)),
+    "quantise e5m6": (functools.partial(quantize.quantize_tiles, format="e5m6", power_of_two=True,
+                                        implementation="kernel"), (S((100, 576), BF16),)),
+    "requantise": (functools.partial(quantize.requantize_tiles, implementation="kernel"), rows(256, 576)),
+    "swiglu": (functools.partial(quantize.swiglu_quantize, tile=(128, 1), implementation="kernel"), rows(256, 1024)),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernel_lowers_for_cuda(hopper, name):
+    run, shapes = KERNELS[name]
+    text = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 1
+    assert ("output_operand_alias<" in text) == (name in ("dense gradient", "bf16 grouped gradient"))
+
+
+@pytest.mark.parametrize("b_tile", [(128, 128), (1, 128)])
+def test_plain_fp8_kernel_agrees_with_the_reference(rng, b_tile):
+    x, w = (jnp.asarray(rng.standard_normal(s), F32) for s in ((70, 200), (100, 200)))
+    operands = (*quantize.quantize_tiles(x), *quantize.quantize_tiles(w, b_tile))
+    got, want = (fp8_matmul.matmul(*operands, out_dtype=F32, implementation=i) for i in ("interpret", "reference"))
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_plain_grouped_fp8_kernel_agrees_with_the_reference(rng):
+    x, w = (jnp.asarray(rng.standard_normal(s), F32) for s in ((60, 200), (3, 100, 200)))
+    operands = (*quantize.quantize_tiles(x), *quantize.quantize_tiles(w, (128, 128)), jnp.array([20, 0, 33], I32))
+    got, want = (grouped_fp8_matmul.grouped_matmul(*operands, out_dtype=F32, implementation=i)
+                 for i in ("interpret", "reference"))
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_grouped_bf16_kernel_agrees_with_the_reference_in_interpret_mode(rng):
+    bf16 = lambda *shape: jnp.asarray(rng.standard_normal(shape), BF16)  # noqa: E731
+    some, whole = jnp.array([130, 0, 67], I32), jnp.array([128, 0, 256], I32)
+    w = bf16(3, 72, 100)
+    for f, operands in ((grouped_matmul.matmul, (bf16(300, 100), w, some)), (grouped_matmul.dgrad, (bf16(300, 72), w, some)),
+                        (grouped_matmul.weight_gradient, (bf16(384, 72), bf16(384, 100), whole))):
+        got, want = (np.asarray(f(*operands, implementation=i), np.float32) for i in ("interpret", "reference"))
+        np.testing.assert_allclose(got, want, atol=1e-4, rtol=8e-3)
+
+
+@pytest.mark.parametrize("align", [1, 4])
+@pytest.mark.parametrize("tile_m", [192, 256])
+def test_row_tiles_cover_every_row_once_with_its_group(rng, tile_m, align):
+    n_groups, n_rows = 4, 1500
+    table_of = jax.jit(lambda sizes: tiles.row_tiles(sizes, n_rows, 7, tile_m, align))
+    for _ in range(20):
+        sizes = rng.integers(0, 370, n_groups) * rng.integers(0, 2, n_groups)
+        count, table = table_of(jnp.asarray(sizes, I32))
+        group = np.full(n_rows, -2)
+        for a, d, end, skip, g, first, k_blocks in np.asarray(table).T[: int(count[0])]:
+            assert a == d and a % align == 0 and first == 0 and 0 < end <= tile_m and skip < align
+            assert (group[d + skip:d + end] == -2).all(), "a row in two tiles"
+            group[d + skip:d + end] = g if k_blocks else -1
+        want = np.append(np.repeat(np.arange(n_groups), sizes), np.full(n_rows - sizes.sum(), -1))
+        np.testing.assert_array_equal(group, want)
+
+
+def test_masked_tiles_mark_the_rows_past_each_count():
+    count, table = tiles.masked_tiles(jnp.array([3, 0, 300], I32), 300, 2, 192, 4)
+    live = np.zeros(900, int)
+    for _, d, end, skip, g, _, k_blocks in np.asarray(table).T[: int(count[0])]:
+        live[d + skip:d + end] += np.where(k_blocks > 0, 10 + g, 1)
+    np.testing.assert_array_equal(live, np.repeat([10, 1, 1, 12], [3, 297, 300, 300]))
+
+
+def test_every_size_of_a_dense_product_finds_a_block_shape():
+    for m in (1, 64, 65, 128, 129, 512, 4096, 65536):
+        for n, k in ((1, 1), (576, 7168), (2112, 7168), (7168, 16384), (129280, 7168)):
+            t = tuned.pick(m, n, k)
+            assert t.tile_m >= min(m, 128)
+            stage = (t.tile_m + t.tile_n) * 128 + t.tile_m * 4
+            for itemsize in (2, 4):
+                chunk = min(t.tile_n, 128 // itemsize)
+                staged = t.wgs * min(t.buffers, t.tile_n // chunk) * 64 * chunk * itemsize
+                assert t.stages * stage + staged < 226 * 1024, "more SMEM than a block has"
+
+
+def test_a_named_path_that_cannot_run_raises(monkeypatch):
+    operands = (jnp.zeros((4, 128), E4M3), jnp.ones((4, 1)), jnp.zeros((8, 128), E4M3), jnp.ones((1, 1)))
+    with pytest.raises(ValueError, match="needs a Hopper GPU, the backend is 'cpu'"):
+        fp8_matmul.matmul(*operands, implementation="kernel")
+    with pytest.raises(ValueError, match="no plain Pallas version"):
+        quantize.quantize_tiles(jnp.ones((4, 128)), implementation="interpret")
+    monkeypatch.setattr(target, "is_hopper", lambda: True)
+    with pytest.raises(ValueError, match="cannot run: 5 rows: must be a multiple of 16"):
+        quantize.quantize_tiles(jnp.ones((5, 128)), (128, 1), implementation="kernel")
+
+
+def test_kernels_lower_inside_shard_map_and_vmap(hopper):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec, whole = jax.sharding.PartitionSpec("x"), jax.sharding.PartitionSpec()
+
+    def layer(x, w, w_scale, sizes, dy, total):
+        y = fp8_matmul.matmul(*quantize.quantize_tiles(x), w, w_scale)
+        return y, grouped_matmul.weight_gradient(dy, x, sizes, accumulate=total[0])[None]
+
+    run = jax.shard_map(layer, mesh=mesh, in_specs=(spec, whole, whole, whole, spec, spec), out_specs=(spec, spec))
+    shapes = (S((512, 256), BF16), *blocks(384, 256), S((1,), I32), S((512, 384), BF16), S((2, 1, 384, 256), F32))
+    assert "mosaic_gpu" in jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    rows_of_many = jax.jit(jax.vmap(quantize.quantize_tiles)).trace(S((3, 256, 256), BF16))
+    assert "mosaic_gpu" in rows_of_many.lower(lowering_platforms=("cuda",)).as_text()

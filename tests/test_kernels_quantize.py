@@ -1,0 +1,128 @@
+"""Tile quantisation: the definition in numpy, its edge cases, the fused forms against their parts."""
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pallas_kernels import quantize
+
+TILES = ((1, 128), (128, 1), (128, 128))
+
+
+def numpy_quantize(x, tile, power_of_two=False):
+    """The definition, tile by tile, in float32 numpy."""
+    rows, cols = (-(-n // t) for n, t in zip(x.shape, tile, strict=True))
+    q, scale = np.zeros(x.shape, ml_dtypes.float8_e4m3fn), np.zeros((rows, cols), np.float32)
+    for i in range(rows):
+        for j in range(cols):
+            at = np.s_[i * tile[0]:(i + 1) * tile[0], j * tile[1]:(j + 1) * tile[1]]
+            s = np.float32(np.abs(x[at]).max()) / np.float32(448)
+            s = np.float32(2.0 ** np.ceil(np.log2(s))) if power_of_two and s else s
+            s = np.maximum(s, np.finfo(np.float32).tiny)
+            scale[i, j] = s
+            q[at] = np.clip(x[at] * (np.float32(1) / s), -448, 448).astype(ml_dtypes.float8_e4m3fn)
+    return q, scale
+
+
+def adversarial(rng, rows, cols):
+    """Outliers of 1e4, zeros, subnormals, one hot row."""
+    x = rng.standard_normal((rows, cols)).astype(np.float32)
+    x[rng.integers(rows, size=8), rng.integers(cols, size=8)] *= 1e4
+    x[rows // 2] *= 1e3
+    x[rows // 3, :] = 0
+    x[rows - 1, :128] = 1e-40
+    return x
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_tiles_follow_the_definition_bit_for_bit_inside_and_outside_jit(rng, tile, power_of_two):
+    x = adversarial(rng, 130, 200)
+    x[x == np.float32(1e-40)] = 0  # XLA on the CPU flushes subnormals
+    want_q, want_scale = numpy_quantize(x, tile, power_of_two)
+    for f in (quantize.quantize_tiles, jax.jit(quantize.quantize_tiles, static_argnums=(1, 2, 3))):
+        q, scale = f(x, tile, "e4m3", power_of_two)
+        np.testing.assert_array_equal(np.asarray(scale), want_scale)
+        np.testing.assert_array_equal(np.asarray(q).astype(np.float32), want_q.astype(np.float32))
+
+
+def test_published_row():
+    x = np.array([[0.5, -1, 0.003, 0.7, 1e-5, 0.25, -0.333, 0.9]], np.float32)
+    q, scale = quantize.quantize_tiles(x)
+    np.testing.assert_array_equal(np.asarray(q, np.float32)[0], [224, -448, 1.375, 320, 0.00390625, 112, -144, 416])
+    q, scale = quantize.quantize_tiles(x, power_of_two=True)
+    assert float(scale[0, 0]) == 2.0**-8
+    np.testing.assert_array_equal(np.asarray(q, np.float32)[0], [128, -256, 0.75, 176, 0.001953125, 64, -88, 224])
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_zero_tile_gives_zeros_and_a_finite_scale_and_non_finite_values_stay_in_their_tile(rng, tile):
+    x = rng.standard_normal((256, 256)).astype(np.float32)
+    x[:128, :128] = 0
+    x[200, 200] = np.nan
+    x[130, 20] = np.inf
+    q, scale = quantize.quantize_tiles(x, tile)
+    back = np.asarray(quantize.dequantize_tiles(q, scale, tile))
+    assert np.isfinite(np.asarray(scale)[0, 0]) and not back[:128, :128].any()
+    bad = ~np.isfinite(back)
+    for row, col in ((200, 200), (130, 20)):
+        assert bad[row, col]
+        top, left = row // tile[0] * tile[0], col // tile[1] * tile[1]
+        bad[top:top + tile[0], left:left + tile[1]] = False
+    assert not bad.any()
+
+
+def test_blocks_of_a_weight_commute_with_transposition(rng):
+    w = rng.standard_normal((3, 130, 260)).astype(np.float32)
+    q, scale = quantize.quantize_tiles(w, (128, 128))
+    q_t, scale_t = quantize.quantize_tiles(w.swapaxes(1, 2), (128, 128))
+    np.testing.assert_array_equal(np.asarray(q_t, np.float32), np.asarray(q.mT, np.float32))
+    np.testing.assert_array_equal(scale_t, scale.mT)
+
+
+def test_e5m6_keeps_six_bits_and_moves_between_tiles_without_a_second_error_of_scale(rng):
+    x = adversarial(rng, 128, 256)
+    q, scale = quantize.quantize_tiles(x, (1, 128), "e5m6", power_of_two=True)
+    assert q.dtype == jnp.float16
+    assert not (np.asarray(q).view(np.uint16) & 0xF).any(), "four low bits of the float16 mantissa stay zero"
+    assert (np.log2(np.asarray(scale)) % 1 == 0).all()
+    back = np.asarray(quantize.dequantize_tiles(q, scale))
+    big = np.abs(x) > 1e-6 * np.abs(x).max(1, keepdims=True)
+    assert (np.abs(back - x)[big] <= 2.0**-7 * np.abs(x)[big]).all()
+    # the powers of two drop out: E4M3 columns of the cached copy are the columns of its values
+    direct = quantize.quantize_tiles(back, (128, 1), "e4m3", True)
+    for got, want in zip(quantize.requantize_tiles(q, scale, (128, 1), True), direct, strict=True):
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
+
+
+def test_both_is_rows_and_columns(rng):
+    x = adversarial(rng, 130, 140)
+    for got, tile in zip(quantize.quantize_both(x), TILES, strict=False):
+        for g, w in zip(got, quantize.quantize_tiles(x, tile), strict=True):
+            np.testing.assert_array_equal(np.asarray(g, np.float32), np.asarray(w, np.float32))
+
+
+def test_fused_swiglu_is_swiglu_then_quantisation_from_bf16_and_from_cached_fp8(rng):
+    h = jnp.asarray(rng.standard_normal((64, 512)), jnp.bfloat16)
+    q, scale = quantize.swiglu_quantize(h)
+    x = np.asarray(h, np.float64)
+    want = x[:, :256] / (1 + np.exp(-x[:, :256])) * x[:, 256:]
+    back = np.asarray(quantize.dequantize_tiles(q, scale))
+    assert np.linalg.norm(back - want) < 0.04 * np.linalg.norm(want)
+    cached, cached_scale = quantize.quantize_tiles(h)
+    h8 = quantize.dequantize_tiles(cached, cached_scale)
+    want = quantize.swiglu_quantize(h8, tile=(128, 1))
+    for got, w in zip(quantize.swiglu_quantize(cached, cached_scale, tile=(128, 1)), want, strict=True):
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(w, np.float32))
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(tile=(2, 128)), "tile=.2, 128.: must be one of"),
+    (dict(format="e5m2"), "format='e5m2': must be one of"),
+    (dict(implementation="kernel"), "cannot run"),
+    (dict(implementation="fast"), "implementation='fast': must be one of"),
+])
+def test_what_cannot_be_done_is_said(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        quantize.quantize_tiles(jnp.ones((4, 128)), **arguments)

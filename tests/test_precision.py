@@ -1,0 +1,136 @@
+"""The FP8 linear of the model: operands, residuals, policy by site, and the split backward."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_model import init, tiny
+
+from model import fp8_linear, precision
+from model.config import Execution
+from model.tape import LayerTape, Tape
+from pallas_kernels import quantize
+
+M, N, K = 160, 136, 200
+
+
+def run_of(kind):
+    return Execution(precision=precision.Precision(kind))
+
+
+def operands(rng, kind):
+    x, w, dy = (jnp.array(rng.normal(size=shape), jnp.float32) for shape in ((M, K), (N, K), (M, N)))
+    prepared = precision.prepare({"q": w}, run_of(kind))["q"]
+    return x.astype(jnp.bfloat16), w, prepared, dy.astype(jnp.bfloat16)
+
+
+def dequantized(x, tile):
+    q, scale = quantize.quantize_tiles(x, tile)
+    return np.asarray(quantize.dequantize_tiles(q, scale, tile), np.float64)
+
+
+def error(got, want):
+    got = np.asarray(got, np.float64)
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def backward(x, prepared, dy, run, site="ffn/down"):
+    y, pull = jax.vjp(lambda x, master: precision.linear(x, prepared._replace(master=master), run, site), x, prepared.master)
+    return (y, *pull(dy))
+
+
+def test_the_three_products_read_the_operands_of_the_paper(rng):
+    x, w, prepared, dy = operands(rng, "fp8_block")
+    y, dx, dw = backward(x, prepared, dy, run_of("fp8_block"))
+    x_rows, w_blocks = dequantized(x, (1, 128)), dequantized(w, (128, 128))
+    assert error(y, x_rows @ w_blocks.T) < 3e-3 and y.dtype == jnp.bfloat16
+    assert error(dx, dequantized(dy, (1, 128)) @ w_blocks) < 3e-3 and dx.dtype == jnp.bfloat16
+    x_columns = dequantized(jnp.array(x_rows, jnp.float32), (128, 1))  # re-quantised from the cached tiles
+    assert error(dw, dequantized(dy, (128, 1)).T @ x_columns) < 1e-5 and dw.dtype == jnp.float32
+    # and all of it is near the product that nothing rounded
+    exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+    assert 1 - 2 * np.sum(exact * np.asarray(y, np.float64)) / np.sum(exact ** 2 + np.asarray(y, np.float64) ** 2) < 1e-3
+
+
+def test_the_input_after_attention_is_cached_wider(rng):
+    x, _, prepared, dy = operands(rng, "fp8_block")
+    cached, scale = fp8_linear.quantize_input(x, "mla/out", fp8_linear.RECIPES["fp8_block"])
+    assert cached.dtype == jnp.float16 and np.all(np.log2(np.asarray(scale)) % 1 == 0)
+    plain = fp8_linear.quantize_input(x, "mla/q_up", fp8_linear.RECIPES["fp8_block"])[0]
+    assert plain.dtype == jnp.float8_e4m3fn
+    exact = np.asarray(dy, np.float64).T @ np.asarray(x, np.float64)
+    wide, narrow = (error(backward(x, prepared, dy, run_of("fp8_block"), site)[2], exact) for site in ("mla/out", "ffn/down"))
+    assert wide < narrow  # E5M6 and power-of-two scales: re-tiling adds less
+
+
+def test_the_residual_is_the_quantised_input(rng):
+    x, _, prepared, _ = operands(rng, "fp8_block")
+    _, pull = jax.vjp(lambda x: precision.linear(x, prepared, run_of("fp8_block"), "ffn/down"), x)
+    kept = [(leaf.dtype, leaf.shape) for leaf in jax.tree.leaves(pull)]
+    assert (jnp.float8_e4m3fn, (M, K)) in kept and (jnp.bfloat16, (M, K)) not in kept and (jnp.float32, (M, K)) not in kept
+
+
+def test_experts_equal_dense_products_group_by_group(rng):
+    run, sizes = run_of("fp8_block"), jnp.array([128, 0, 256], jnp.int32)
+    rows, dy = (jnp.array(rng.normal(size=(512, n)), jnp.bfloat16) for n in (K, N))
+    rows, dy = rows.at[384:].set(0), dy.at[384:].set(0)
+    w = jnp.array(rng.normal(size=(3, N, K)), jnp.float32)
+    prepared = precision.prepare({"down": w}, run)["down"]
+    y, pull = jax.vjp(lambda r, m: precision.grouped_linear(r, sizes, prepared._replace(master=m), run, "moe/down", align=128), rows, w)
+    dx, dw = pull(dy)
+    for g, (start, stop) in enumerate(((0, 128), (128, 128), (128, 384))):
+        if start == stop:
+            assert not np.any(dw[g])
+            continue
+        one = jax.tree.map(lambda leaf, g=g: leaf[g], prepared)
+        want = backward(rows[start:stop], one, dy[start:stop], run, "moe/down")
+        for got, part in zip((y[start:stop], dx[start:stop], dw[g]), want, strict=True):
+            assert error(got, np.asarray(part, np.float64)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["fp8_block", "fp8_tensor", "fp8_block_grad", "bf16"])
+def test_the_split_backward_is_the_whole_one_bit_for_bit(kind, rng):
+    x, _, prepared, dy = operands(rng, kind)
+    run = run_of(kind)
+    _, _, whole = backward(x, prepared, dy, run)
+    tape = LayerTape(Tape())
+    precision.linear(x, prepared, run, "ffn/down", tape)
+    part = precision.weight_gradient(tape.records["ffn/down"].input, dy, "ffn/down", run)
+    np.testing.assert_array_equal(part, whole)
+
+
+def test_ablations_are_worse_where_the_paper_says(rng):
+    """An outlier in one row hurts a per-tensor scale everywhere, a tile alone in its own tile."""
+    x, w, _, dy = operands(rng, "bf16")
+    exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+    x = x.at[3, 5].set(1e6)
+
+    def rest(kind):
+        y = precision.linear(x, precision.prepare({"q": w}, run_of(kind))["q"], run_of(kind), "ffn/down")
+        return error(np.delete(np.asarray(y, np.float64), 3, 0), np.delete(exact, 3, 0))
+
+    assert rest("fp8_block") < 0.05 < 0.3 < rest("fp8_tensor")
+
+
+def test_what_stays_in_high_precision():
+    cfg = tiny()
+    prepared = precision.prepare(init(cfg), run_of("fp8_block"))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(prepared, is_leaf=precision.is_weight):
+        names = [key.key for key in path]
+        high = names[-1] in ("embedding", "head", "gate") or names[-1].endswith("norm")
+        if high:
+            assert not precision.is_weight(leaf) and leaf.dtype == jnp.float32, names
+        elif names == ["mtp", "proj"]:
+            assert leaf.low.dtype == jnp.bfloat16  # V3 names the linears inside blocks
+        else:
+            assert leaf.low.dtype == leaf.transposed.dtype == jnp.float8_e4m3fn and leaf.master.dtype == jnp.float32, names
+
+
+def test_prepared_weights_keep_block_scales_of_the_paper(rng):
+    w = jnp.array(rng.normal(size=(2, 3, 136, 200)), jnp.float32)
+    weight = precision.prepare({"gate_up": w}, run_of("fp8_block"))["gate_up"]
+    assert weight.low.shape == (2, 3 * 136, 200) and weight.scale.shape == (2, 4, 2)
+    merged = np.asarray(w).reshape(2, 408, 200)
+    blocks = functools.partial(np.pad, pad_width=((0, 0), (0, 104), (0, 56)))(np.abs(merged)).reshape(2, 4, 128, 2, 128).max((2, 4))
+    np.testing.assert_allclose(weight.scale, blocks / 448, rtol=1e-6)
