@@ -30,7 +30,7 @@ def make_logp(cfg, run) -> Callable:
 def bits_per_byte(logp: Callable, params, router_bias, documents: Sequence[str], tokenizer, *, batch_size: int, seq_len: int) -> float:
     """Bits per byte of documents: nats of all tokens but <bos>, over ln 2 times their bytes."""
     rows, weights = windows([tokenizer.encode(d) for d in documents], tokenizer.bos, seq_len)
-    n_bytes, nats = sum(len(d.encode()) for d in documents), 0.0
+    n_bytes, nats = sum(map(len, map(utf8, documents))), 0.0
     for start in range(0, len(rows), batch_size):
         tokens, weight = rows[start:start + batch_size], weights[start:start + batch_size]
         short = batch_size - len(tokens)
@@ -55,17 +55,33 @@ def windows(documents: Sequence[Sequence[int]], bos: int, seq_len: int) -> tuple
     return np.array(rows, np.int32).reshape(-1, seq_len), np.array(weights, np.float32).reshape(-1, seq_len)
 
 
+def utf8(text: str) -> bytes:
+    """The bytes that are counted; a lone surrogate (real files hold some) is three."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+def clip_bytes(documents: Sequence[str], max_bytes: int) -> list[str]:
+    """The first documents that together hold max_bytes bytes, the last one cut."""
+    kept, left = [], max_bytes
+    for document in documents:
+        if left <= 0:
+            break
+        kept.append(utf8(document)[:left].decode(errors="ignore"))
+        left -= len(utf8(kept[-1]))
+    return kept
+
+
 def bigram_bits_per_byte(train: Sequence[str], held_out: Sequence[str]) -> float:
     """Bits per byte of a byte bigram with add-1/256 smoothing fitted on `train`; a document starts after a start symbol."""
     counts = np.full((257, 256), 1 / 256)
     for document in train:
-        data = np.frombuffer(document.encode(), np.uint8)
+        data = np.frombuffer(utf8(document), np.uint8)
         if len(data):
             np.add.at(counts, (np.append(256, data[:-1].astype(np.int64)), data), 1)
     cost = -np.log2(counts / counts.sum(axis=1, keepdims=True))
     bits = n = 0.0
     for document in held_out:
-        data = np.frombuffer(document.encode(), np.uint8)
+        data = np.frombuffer(utf8(document), np.uint8)
         if len(data):
             bits, n = bits + cost[np.append(256, data[:-1].astype(np.int64)), data].sum(), n + len(data)
     return float(bits / max(n, 1))

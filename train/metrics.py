@@ -18,7 +18,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from model.errors import UserError
+from model.errors import UserError, choice
+
+# subtrees that may change between the parts of a run: how long it lasts, and what looks at it afterwards
+NOT_THE_RUN = ("resume", "stop_after_s", "checkpoint", "report", "eval", "sample")
 
 
 class Logger:
@@ -43,11 +46,12 @@ class Logger:
         self._write("samples.jsonl", {"step": step} | values)
 
     def cut_back(self, step: int) -> None:
-        """Drops this stage's lines after `step`, and a half-written last line: what an interrupted run had logged beyond its checkpoint."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        """Drops what this stage logged after its checkpoint at `step` (-1: all of it), the closing event, and a half-written line."""
+        for name in ("metrics.jsonl", "samples.jsonl") if self.main else ():
             path = self.workdir / name
-            if self.main and path.exists():
-                kept = [line for line in read_jsonl(path) if line.get("stage") != self.stage or line.get("step", 0) <= step]
+            if path.exists():
+                kept = [line for line in read_jsonl(path)
+                        if line.get("stage") != self.stage or (line.get("step", 0) <= step and line.get("event") != "closing")]
                 write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _write(self, name: str, line: dict[str, Any]) -> None:
@@ -88,11 +92,23 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
 
 
 def prepare_workdir(workdir: str, config) -> pathlib.Path:
-    """Makes the run's folder and writes config.json, with the git commit and diff beside it. Raises UserError if it cannot write."""
+    """Makes the run's folder and writes config.json, with the git commit and diff beside it.
+
+    A folder with checkpoints is gone on from: if its config.json differs, the difference is printed, and refused unless
+    config.resume='allow_diff'. Raises UserError, also if the folder cannot be written.
+    """
     path = pathlib.Path(workdir)
+    new = json.loads(config.to_json_best_effort())
+    allowed = choice(new.get("resume", "same"), ("same", "allow_diff"), "resume") == "allow_diff"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        write_atomically(path / "config.json", json.dumps(json.loads(config.to_json_best_effort()), indent=1) + "\n")
+        changed = changed_leaves(path, new)
+        if changed and jax.process_index() == 0:
+            print("\n".join([f"{path / 'config.json'}: the config has changed", *(f"  {k}: {a!r} -> {b!r}" for k, a, b in changed)]))
+        if changed and not allowed:
+            raise UserError(f"resume: {workdir} holds a run of another config ({', '.join(k for k, _, _ in changed[:5])}), allowed: "
+                            "the same config, another --workdir, or --config.resume=allow_diff")
+        write_atomically(path / "config.json", json.dumps(new, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"workdir: found {workdir!r} ({error.strerror}), allowed: a folder that can be written") from None
     root = pathlib.Path(__file__).parent.parent
@@ -101,6 +117,22 @@ def prepare_workdir(workdir: str, config) -> pathlib.Path:
         if done.returncode == 0:
             write_atomically(path / name, done.stdout)
     return path
+
+
+def changed_leaves(workdir: pathlib.Path, new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(leaf, old value, new value) where config.json of a run with checkpoints differs; leaves that change no number are passed over."""
+    from train.run_record import leaves_read
+
+    saved = [p for pattern in ("*", "*/*") for p in (workdir / "checkpoints").glob(pattern) if p.name.isdigit()]
+    if not saved or not (workdir / "config.json").exists():
+        return []
+    try:
+        before = leaves_read(json.loads((workdir / "config.json").read_text()))
+    except ValueError as error:
+        raise UserError(f"workdir: {workdir / 'config.json'} is not JSON ({error}), allowed: the file that the run wrote") from None
+    after, none = leaves_read(new), "(none)"
+    return [(k, before.get(k, none), after.get(k, none)) for k in sorted(before.keys() | after.keys())
+            if before.get(k, none) != after.get(k, none) and k.split(".")[0] not in NOT_THE_RUN]
 
 
 class Progress:

@@ -16,8 +16,8 @@ import numpy as np
 
 from data import corpus
 from data import tokenizer as tokenizers
-from model.errors import freeze, leaf, require, user_input
-from train import evaluate, loop, report, schedules
+from model.errors import freeze, leaf, named_input, require
+from train import evaluate, loop, report, sampler, schedules
 from train.metrics import prepare_workdir, table
 from train.step import token_logp
 
@@ -30,9 +30,30 @@ class Eval:
     max_bytes: int
     batch_size: int
 
+    def __post_init__(self):
+        require(self.every >= 0, "every", self.every, "0 or more steps")
+        for name in ("max_bytes", "batch_size"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "a positive integer")
 
-def pretrain(config, workdir: str, name: str = "pretrain", stage: str | None = None) -> None:
-    """The job: config[name] = dict(steps, batch_size, n_micro, seq_len, lr, ramp, mtp_weight, bias_rate, eval)."""
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Completions written at each evaluation: prompts are pairs (domain, text), none by (); max_new tokens each."""
+
+    prompts: tuple
+    max_new: int
+    temperature: float
+    top_p: float
+
+    def __post_init__(self):
+        for pair in self.prompts:
+            require(isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(x, str) for x in pair), "prompts", pair,
+                    "pairs (domain, text)")
+        require(self.max_new >= 1, "max_new", self.max_new, "a positive integer")
+
+
+def pretrain(config, workdir: str, name: str = "pretrain", stage: str | None = None) -> bool | None:
+    """The job: config[name] = dict(steps, batch_size, n_micro, seq_len, lr, ramp, mtp_weight, bias_rate, eval, sample). False: stopped."""
     path = pathlib.Path(workdir) if stage else prepare_workdir(workdir, config)
     sub = config[name]
     s = loop.setup(config, path, name, stage)
@@ -44,19 +65,21 @@ def pretrain(config, workdir: str, name: str = "pretrain", stage: str | None = N
     ramp, lr = schedules.parse_ramp(sub.ramp, f"{name}.ramp"), schedules.parse_lr(sub.lr, f"{name}.lr")
     mtp_weight = schedules.parse_switch(sub.mtp_weight, f"{name}.mtp_weight")
     bias_rate = schedules.parse_switch(sub.bias_rate, f"{name}.bias_rate")
-    evaluation = freeze(Eval, sub.eval, f"{name}.eval")
-    with user_input("data"):
-        spec = corpus.parse(config.data)
-    with user_input("tokenizer"):
-        tokenizer = tokenizers.parse(config.tokenizer)
-    require(tokenizer.vocab_size <= s.cfg.vocab_size, "model.vocab_size", s.cfg.vocab_size, f"at least the tokenizer's {tokenizer.vocab_size}")
+    evaluation, sample = freeze(Eval, sub.eval, f"{name}.eval"), freeze(Sample, sub.sample, f"{name}.sample")
+    with named_input("data", "tokenizer"):
+        spec, tokenizer = corpus.parse(config.data), tokenizers.parse(config.tokenizer)
+    require(tokenizer.vocab_size <= s.cfg.vocab_size, "model.vocab_size", s.cfg.vocab_size,
+            f"at least the tokenizer's {tokenizer.vocab_size}")
 
     rows = batch_size // n_micro
+    require(ramp is None or rows <= ramp[0] <= batch_size, f"{name}.ramp.linear.start", ramp and ramp[0],
+            f"batch_size / n_micro = {rows} to batch_size = {batch_size}: a ramp adds micro-batches, raise n_micro")
     plan = schedules.plan(steps, batch_size, ramp, multiple=rows)
-    with user_input("data"):
+    with named_input("data", "tokenizer"):
         iterator = corpus.make_iterator(spec, tokenizer, batch_size=rows, seq_len=seq_len, n_micro=1, seed=s.seed)
-        domains = {d: clip_bytes(corpus.validation_documents(spec, d), evaluation.max_bytes) for d in spec.domains}
-    s.logger.event("corpus", 0, **corpus.describe(spec))
+        domains = {d: evaluate.clip_bytes(corpus.validation_documents(spec, d), evaluation.max_bytes) for d in spec.domains}
+    if s.done is None:
+        s.logger.event("corpus", 0, **corpus.describe(spec))
 
     def knobs(step: int) -> dict:
         p = plan.progress[step]
@@ -73,32 +96,43 @@ def pretrain(config, workdir: str, name: str = "pretrain", stage: str | None = N
 
     logp = evaluate.make_logp(s.cfg, s.run)
 
-    def evaluate_domains(state, progress) -> None:
-        scores = {d: evaluate.bits_per_byte(logp, state.params, state.router_bias, docs, tokenizer, batch_size=evaluation.batch_size,
-                                            seq_len=seq_len) for d, docs in domains.items()}
-        s.logger.event("eval", int(state.step), bits_per_byte=scores)
-        progress.note(f"{name} step {int(state.step)}: held-out bits per byte " + ", ".join(f"{d} {v:.3f}" for d, v in scores.items()))
+    def score(state) -> dict[str, float]:
+        return {d: evaluate.bits_per_byte(logp, state.params, state.router_bias, docs, tokenizer, batch_size=evaluation.batch_size,
+                                          seq_len=seq_len) for d, docs in domains.items()}
 
-    hooks = {evaluation.every: evaluate_domains}
+    last = {}
+
+    def look(state, progress) -> None:
+        step, scores = int(state.step), score(state)
+        last.update({step: scores})
+        s.logger.event("eval", step, bits_per_byte=scores)
+        progress.note(f"{name} step {step}: held-out bits per byte " + ", ".join(f"{d} {v:.3f}" for d, v in scores.items()))
+        for line in samples(state, s, sample, tokenizer):
+            s.logger.sample(step, **line)
+            progress.note(f"  {line['domain']}: {line['prompt']!r} -> {line['completion']!r}")
+
     try:
-        state = loop.fit(s, iterator, steps, knobs, loss_of(s.cfg.mtp_depth), shape_batch=shape_batch, hooks=hooks,
+        state = loop.fit(s, iterator, steps, knobs, loss_of(s.cfg.mtp_depth), shape_batch=shape_batch, hooks={evaluation.every: look},
                          shown=("loss", "mtp_loss", "moe/max_violation"))
     except loop.Stopped:
-        return
+        return False
     if stage is None:
-        finish(s, state, spec, tokenizer, domains, logp, evaluation, seq_len)
+        finish(s, steps, spec, domains, last.get(steps) or score(state))
 
 
+@functools.lru_cache(8)
 def loss_of(mtp_depth: int) -> Callable:
-    """loss(output, microbatch, totals) for a model with this many MTP modules."""
+    """loss(output, microbatch, totals) for a model with this many MTP modules; one object a depth."""
     def loss(output, microbatch, totals):
         tokens, weight = microbatch["tokens"], microbatch["weight"]
-        main = -jnp.sum(weight * token_logp(output.logits, tokens)) / totals["weight"]
+        logp = token_logp(output.logits, tokens)
+        weight, total = weight.astype(logp.dtype), totals["weight"].astype(logp.dtype)
+        main = -jnp.sum(weight * logp) / total
         metrics = {"main_loss": main}
         if mtp_depth:
             depths = [mtp_loss(logits, tokens, weight, microbatch.get("segment_ids"), k) for k, logits in enumerate(output.mtp_logits)]
-            metrics["mtp_loss"] = functools.reduce(jnp.add, depths) / totals["weight"] / mtp_depth
-        return main + microbatch["knobs"]["mtp_weight"] * metrics.get("mtp_loss", 0.0), metrics
+            metrics["mtp_loss"] = functools.reduce(jnp.add, depths) / total / mtp_depth
+        return main + microbatch["knobs"]["mtp_weight"].astype(main.dtype) * metrics.get("mtp_loss", 0.0), metrics
 
     return loss
 
@@ -113,26 +147,25 @@ def mtp_loss(logits, tokens, weight, segment_ids, k: int):
     return -jnp.sum(weight * logp)
 
 
-def clip_bytes(documents: list[str], max_bytes: int) -> list[str]:
-    """The first documents that together hold max_bytes bytes, the last one cut."""
-    kept, left = [], max_bytes
-    for document in documents:
-        if left <= 0:
-            break
-        kept.append(document.encode()[:left].decode(errors="ignore"))
-        left -= len(kept[-1].encode())
-    return kept
+def samples(state, s: loop.Setup, spec: Sample, tokenizer) -> list[dict[str, str]]:
+    """One completion of each fixed prompt, as lines of samples.jsonl; the same state always writes the same."""
+    if not spec.prompts:
+        return []
+    prompts = [[tokenizer.bos, *tokenizer.encode(text)] for _, text in spec.prompts]
+    lengths, ids = [len(p) for p in prompts], np.array([(i, 0) for i in range(len(prompts))], np.int32)
+    tokens = np.array([p + [0] * (max(lengths) - len(p)) for p in prompts], np.int32)
+    rollout = jax.device_get(sampler.generate(
+        state.params, state.router_bias, tokens, lengths, ids, s.seed, int(state.step), s.cfg, s.run, max_new=spec.max_new,
+        temperature=spec.temperature, top_p=spec.top_p, stop_ids=(tokenizer.eos,)))
+    return [dict(prompt=text, completion=tokenizer.decode(rollout.tokens[i, :rollout.lengths[i]]), domain=domain)
+            for i, (domain, text) in enumerate(spec.prompts)]
 
 
-def finish(s: loop.Setup, state, spec, tokenizer, domains, logp, evaluation: Eval, seq_len: int) -> None:
+def finish(s: loop.Setup, steps: int, spec, domains, scores: dict[str, float]) -> None:
     """The closing table: bits per byte by domain beside a byte bigram fitted on the same split; then the report."""
-    rows = []
-    for domain, docs in domains.items():
-        ours = evaluate.bits_per_byte(logp, state.params, state.router_bias, docs, tokenizer, batch_size=evaluation.batch_size,
-                                      seq_len=seq_len)
-        bigram = evaluate.bigram_bits_per_byte(corpus.documents(spec, domain, "train"), docs)
-        rows.append((domain, ours, bigram, "below" if ours < bigram else "NOT below"))
-    s.logger.event("closing", int(state.step), bits_per_byte={r[0]: r[1] for r in rows}, bigram={r[0]: r[2] for r in rows})
+    bigram = {d: evaluate.bigram_bits_per_byte(corpus.documents(spec, d, "train"), docs) for d, docs in domains.items()}
+    s.logger.event("closing", steps, bits_per_byte=scores, bigram=bigram)
     if jax.process_index() == 0:
+        rows = [(d, scores[d], bigram[d], "below" if scores[d] < bigram[d] else "NOT below") for d in scores]
         print(table("held-out bits per byte", ("domain", "model", "byte bigram", "model is"), rows))
         print(f"report: {report.write(s.workdir)}")

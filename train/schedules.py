@@ -22,6 +22,9 @@ class Constant:
     peak: float
     warmup_steps: int
 
+    def __post_init__(self):
+        _check(self)
+
     def __call__(self, step: int, progress: float) -> float:
         return self.peak * _warmup(step, self.warmup_steps)
 
@@ -33,6 +36,9 @@ class Cosine:
     peak: float
     final: float
     warmup_steps: int
+
+    def __post_init__(self):
+        _check(self)
 
     def __call__(self, step: int, progress: float) -> float:
         return _warmup(step, self.warmup_steps) * _half_cosine(self.peak, self.final, progress)
@@ -46,6 +52,9 @@ class Linear:
     final: float
     warmup_steps: int
     constant_until: float
+
+    def __post_init__(self):
+        _check(self, "constant_until")
 
     def __call__(self, step: int, progress: float) -> float:
         done = max(0.0, (progress - self.constant_until) / max(1 - self.constant_until, 1e-9))
@@ -65,9 +74,7 @@ class V3:
     final_until: float
 
     def __post_init__(self):
-        bounds = (self.constant_until, self.cosine_until, self.final_until)
-        require(0 <= bounds[0] <= bounds[1] <= bounds[2] <= 1, "constant_until, cosine_until, final_until", bounds,
-                "three growing shares from 0 to 1")
+        _check(self, "constant_until", "cosine_until", "final_until")
 
     def __call__(self, step: int, progress: float) -> float:
         if progress >= self.final_until:
@@ -87,6 +94,9 @@ class MultiStep:
     first: float
     second: float
 
+    def __post_init__(self):
+        _check(self, "first", "second")
+
     def __call__(self, step: int, progress: float) -> float:
         drops = (progress >= self.first) + (progress >= self.second)
         return self.peak * self.factor ** drops * _warmup(step, self.warmup_steps)
@@ -99,6 +109,10 @@ class Switch:
     first: float
     then: float
     until: float
+
+    def __post_init__(self):
+        require(self.first >= 0 and self.then >= 0, "first, then", (self.first, self.then), "0 or more")
+        require(0 <= self.until <= 1, "until", self.until, "a share from 0 to 1")
 
     def __call__(self, progress: float) -> float:
         return self.first if progress < self.until else self.then
@@ -117,9 +131,10 @@ class Plan:
 
 
 def plan(steps: int, batch_size: int, ramp: tuple[int, float] | None, multiple: int = 1) -> Plan:
-    """The batch sizes of a run of `steps` steps: batch_size, or ramp = (start, until) growing from start with the tokens done.
+    """The batch sizes of a run of `steps` steps: batch_size, or ramp = (start, until) growing from start with the rows done.
 
-    The total follows from integrating the ramp, so that exactly `steps` steps spend it; sizes are rounded to `multiple` rows.
+    d(rows)/d(step) = size(rows) gives the rows of the whole run, so that exactly `steps` steps spend them; sizes are rounded to
+    `multiple` rows.
     """
     if ramp is None:
         rows = np.full(steps, batch_size, np.int64)
@@ -127,9 +142,11 @@ def plan(steps: int, batch_size: int, ramp: tuple[int, float] | None, multiple: 
         start, until = ramp
         ratio = math.log(batch_size / start) / (batch_size - start) if batch_size != start else 1 / batch_size
         total = steps / (until * ratio + (1 - until) / batch_size)
-        rows, done = np.zeros(steps, np.int64), 0
+        rows, done = np.full(steps, batch_size, np.int64), 0
         for i in range(steps):
-            size = start + (batch_size - start) * min(done / total / until, 1.0)
+            if done >= until * total:
+                break
+            size = start + (batch_size - start) * done / (until * total)
             rows[i] = max(multiple, round(size / multiple) * multiple)
             done += rows[i]
     return Plan(rows, (np.cumsum(rows) - rows) / max(rows.sum(), 1))
@@ -155,14 +172,21 @@ class Ramp:
 
 def parse_lr(config: Mapping, path: str):
     """The learning rate schedule of config = dict(kind=..., ...): a function (step, progress) -> float."""
-    schedule = freeze_kind(LEARNING_RATES, config, path)
-    require(schedule.peak >= 0, f"{path}.{config['kind']}.peak", schedule.peak, "0 or more")
-    return schedule
+    return freeze_kind(LEARNING_RATES, config, path)
 
 
 def parse_switch(config: Mapping, path: str) -> Switch:
     """The two-valued schedule of config = dict(first, then, until)."""
     return freeze(Switch, config, path)
+
+
+def _check(schedule, *bounds: str) -> None:
+    """Rates and the warm-up are 0 or more, bounds shares of the run that do not fall."""
+    for name in ("peak", "final", "tail", "factor", "warmup_steps"):
+        value = getattr(schedule, name, 0)
+        require(value >= 0, name, value, "0 or more")
+    shares = [0.0, *(getattr(schedule, name) for name in bounds), 1.0]
+    require(shares == sorted(shares), ", ".join(bounds), tuple(shares[1:-1]), "growing shares from 0 to 1")
 
 
 def _warmup(step: int, warmup_steps: int) -> float:

@@ -49,7 +49,8 @@ def sft(config, workdir: str, name: str = "sft", stage: str | None = None) -> bo
         rows = packing.rows_of(documents, packing.Packing("isolate", "drop"), seq_len, s.seed, tokenizer.pad)
     dropped = sum(len(d["tokens"]) > seq_len for d in documents)
     steps = math.ceil(epochs * rows.n_rows / batch_size)
-    s.logger.event("examples", 0, n=len(documents), dropped=dropped, rows=rows.n_rows, steps=steps)
+    if s.done is None:
+        s.logger.event("examples", 0, n=len(documents), dropped=dropped, rows=rows.n_rows, steps=steps)
     print(f"{name}: {len(documents) - dropped} examples in {rows.n_rows} rows, {epochs:g} epochs are {steps} steps"
           + (f"; {dropped} longer than {seq_len} tokens are left out" if dropped else ""), flush=True)
 

@@ -17,11 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model import block, config as model_config, precision, sharding, transformer
+from model import block, precision, sharding, transformer
+from model import config as model_config
 from model.errors import freeze, require
 from model.tape import LayerTape
 from train import optimizer as optimizers
-from train import sampler, state as states
+from train import sampler
+from train import state as states
 from train.metrics import prepare_workdir, table
 from train.pretrain import loss_of
 from train.step import compile_step, make_train_step

@@ -1,4 +1,4 @@
-"""TrainState: everything a step changes; made, described and placed on a mesh here."""
+"""TrainState: everything a step changes; made, described and placed on a mesh here (EMA in host memory: V3 §3.2.3)."""
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -33,12 +33,14 @@ def from_params(params, router_bias, optimizer: Optimizer) -> TrainState:
 
 
 def init_router_bias(cfg: ModelConfig):
-    """Zeros f32 [n_moe + J, E], or None for a kind without a bias."""
-    return jnp.zeros((cfg.n_moe_layers + cfg.mtp_depth, cfg.moe.n_routed_experts), jnp.float32) if cfg.has_bias else None
+    """Zeros f32 [n_moe + J, E], or None for a kind without a bias and for a model without a MoE layer."""
+    n_layers = cfg.n_moe_layers + cfg.mtp_depth
+    return jnp.zeros((n_layers, cfg.moe.n_routed_experts), jnp.float32) if cfg.has_bias and n_layers else None
 
 
 def shardings(mesh, cfg: ModelConfig, state: TrainState) -> TrainState:
-    """The NamedSharding of each leaf: parameters by their logical axes, moments and EMA as their parameter, the rest replicated."""
+    """The NamedSharding of each leaf: parameters by their logical axes, moments and EMA as their parameter (the EMA in host memory, V3
+    §3.2.3), the rest replicated."""
     axes = transformer.axes(cfg)
     by_shape: dict[tuple[str, ...], Any] = {}
     for path, names in jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple)):
@@ -53,7 +55,13 @@ def shardings(mesh, cfg: ModelConfig, state: TrainState) -> TrainState:
                 return sharding.sharding(mesh, names, leaf.shape)
         return jax.NamedSharding(mesh, jax.P())
 
-    return jax.tree_util.tree_map_with_path(one, state)
+    layout = jax.tree_util.tree_map_with_path(one, state)
+    return layout._replace(ema=jax.tree.map(in_host_memory, layout.ema))
+
+
+def in_host_memory(place: jax.NamedSharding) -> jax.NamedSharding:
+    """The same layout in pinned host memory, where the devices have memory of their own (a CPU's is the host's already)."""
+    return place if place.mesh.devices.flat[0].platform == "cpu" else place.with_memory_kind("pinned_host")
 
 
 def create_sharded(mesh, rng, cfg: ModelConfig, optimizer: Optimizer) -> TrainState:

@@ -1,0 +1,25 @@
+"""The smallest recipe that tests share: configs/r1.py:smoke on a model of width 16."""
+from configs import r1
+
+
+def config(*stages, **edits):
+    """The smoke recipe with these stages; edits are 'path.to.leaf' with dots written as double underscores."""
+    c = r1.get_config("smoke")
+    c.model.update(dict(d_model=16, n_layers=2, n_dense_layers=1, d_ff=24, mtp_depth=0, init_std=0.2))
+    c.model.attention.mla.update(dict(
+        n_heads=2, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8))
+    c.model.ffn.moe.d_expert = 12
+    c.run.scan_unroll = 1
+    c.mesh.fsdp = 1  # one of the 8 virtual devices
+    c.checkpoint.update(dict(every=1, keep=0))
+    for name in c.recipe.stages:
+        c[name].edits = ()
+    if stages:
+        c.recipe.stages = stages
+    for path, value in edits.items():
+        *parents, leaf = path.split("__")
+        node = c
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    return c
