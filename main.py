@@ -43,6 +43,7 @@ JOBS = {
     "sample": "train.sample:sample",
     "chat": "train.sample:chat",
     "report": "train.report:report",
+    "ablate": "train.ablate:ablate",
     "tokenizer": "data.tokenizer:tokenizer",
     "bench": "pallas_kernels.bench:bench",
 }

@@ -13,11 +13,14 @@ from tiny_model import tiny, tiny_config
 
 from configs import deepseek_v3
 from model import precision
+from model.config import Execution
 from model.errors import UserError
 from train import checkpoint
 from train import optimizer as optimizers
 from train import state as states
 from train.loop import InitFrom
+from train.pretrain import loss_of
+from train.step import compile_step, make_train_step
 
 
 def make_state(cfg, seed=0, step=3, **edits):
@@ -191,3 +194,27 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, damage):
             load()
         gc.collect()
         assert "\n" not in str(error.value) and str(path) in str(error.value), error.value
+
+
+@pytest.mark.gpu
+def test_the_ema_stays_in_host_memory_through_steps_and_a_restart(tmp_path, rng):
+    """On a GPU: pinned_host when made, after a step, and when restored, to the bit; the rest on the device."""
+    config = deepseek_v3.get_config("tiny").optimizer
+    config.ema.kind = "host"
+    cfg, opt = tiny(n_layers=2), optimizers.parse(config)
+    mesh = jax.make_mesh((1,) * 5, ("pipe", "node", "expert", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 5,
+                         devices=jax.devices()[:1])
+    columns = dict(tokens=rng.integers(0, 61, (1, 4, 12)).astype(np.int32), weight=np.ones((1, 4, 12), np.float32))
+    knobs = dict(lr=np.float32(1e-2), clip=np.float32(1), bias_rate=np.float32(1e-3), mtp_weight=np.float32(0.3))
+    with jax.set_mesh(mesh):
+        state = states.create_sharded(mesh, jax.random.key(0), cfg, opt)
+        layout = states.shardings(mesh, cfg, state)
+        step = compile_step(make_train_step(cfg, Execution(), opt, loss_of(1)), mesh, layout)
+        for _ in range(2):
+            state, _ = step(state, columns | dict(knobs=knobs), jax.random.key(1))
+        path = checkpoint.save(tmp_path, state, {}, {})
+        restored, _ = checkpoint.restore(path, jax.eval_shape(lambda: state), layout)
+    assert_bitwise(jax.device_get(restored), jax.device_get(state))
+    for s in (state, restored):
+        assert {x.sharding.memory_kind for x in jax.tree.leaves(s.ema)} == {"pinned_host"}
+        assert {x.sharding.memory_kind for x in jax.tree.leaves((s.params, s.opt_state))} == {"device"}

@@ -47,7 +47,7 @@ def test_samples_come_with_each_evaluation(run_folder):
 def test_the_same_config_and_seed_give_the_same_run_and_another_seed_another(run_folder, tmp_path):
     assert main.run(arguments(tmp_path / "a", *SAMPLED, steps=12)) == 0
     assert lines(tmp_path / "a") == lines(run_folder) and lines(tmp_path / "a", "samples.jsonl") == lines(run_folder, "samples.jsonl")
-    assert main.run(arguments(tmp_path / "b", *SAMPLED, "seed=1", steps=12)) == 0
+    assert main.run(arguments(tmp_path / "b", *SAMPLED, "seed=1", "pretrain.sample.prompts=()", "pretrain.eval.every=0", steps=2)) == 0
     assert lines(tmp_path / "b")[1]["loss"] != lines(run_folder)[1]["loss"]
 
 

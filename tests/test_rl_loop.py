@@ -154,14 +154,14 @@ def test_the_reference_is_the_policy_that_the_stage_started_from(tmp_path):
     """KL is 0 at the first update and above 0 once the policy has moved; the trainer's own log-probs serve as old ones."""
     config = tiny_recipe.config(r1_zero__beta=0.5, r1_zero__old_logp__kind="trainer", r1_zero__rewards__random=1.0, r1_zero__steps=2,
                                 r1_zero__lr__constant__peak=2e-2, r1_zero__lr__constant__warmup_steps=0, r1_zero__eval__every=0,
-                                r1_zero__experts__kind="none", checkpoint__every=0)
+                                r1_zero__experts__kind="none", r1_zero__batch_size=16, checkpoint__every=0)
     judge = judge_of(config, tmp_path, experts="none")
     state, _ = fresh(judge)
     checkpoint.save_params(tmp_path / "start", 0, config.model.to_dict(), state.params, state.router_bias)
     config.init_from.path = str(tmp_path / "start")
     rl_loop.rl_job(config, str(tmp_path), "r1_zero", "r1_zero")
-    kl = [x["kl"] for x in read_jsonl(tmp_path / "metrics.jsonl") if "event" not in x]
-    assert 0 <= kl[0] < kl[1] and kl[1] > 1e-3
+    steps = [x for x in read_jsonl(tmp_path / "metrics.jsonl") if "event" not in x]
+    assert steps[0]["updates"] == 1 and abs(steps[0]["kl"]) < 1e-6 and steps[1]["kl"] > 1e-3
 
 
 @pytest.mark.parametrize(("edits", "words"), [

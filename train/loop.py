@@ -187,7 +187,7 @@ def asked_to_stop():
 def fit(s: Setup, iterator, steps: int, knobs: Callable[[int], dict[str, float]], loss: Callable, *,
         shape_batch: Callable[[int, Any], dict] = lambda step, iterator: next(iterator),
         hooks: Mapping[int, Callable[[states.TrainState, Progress], None]] | None = None,
-        shown: tuple[str, ...] = ("loss",), at_end: Callable | None = None) -> states.TrainState:
+        shown: tuple[str, ...] = ("loss",)) -> states.TrainState:
     """Trains to `steps` steps. hooks: {every: f(state, progress)}, called after steps that `every` divides and after the last.
 
     knobs(step) are the scalars of a step; shape_batch(step, iterator) takes the step's batch from the iterator.

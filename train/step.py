@@ -59,6 +59,7 @@ def make_train_step(cfg: ModelConfig, run: Execution, optimizer: Optimizer, loss
         router_bias, ema = state.router_bias, state.ema
         if router_bias is not None:
             router_bias = update_bias(router_bias, metrics["moe/load"], knobs["bias_rate"].astype(router_bias.dtype))
+            metrics["moe/bias"] = router_bias
         if ema is not None:
             decay = optimizer.ema.decay  # from host memory and, by the step's out_shardings, back
             ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, jax.device_put(ema, jax.memory.Space.Device), params)
