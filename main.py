@@ -26,7 +26,7 @@ from ml_collections import ConfigDict, config_flags  # noqa: E402
 from model.errors import UserError, choice, require  # noqa: E402
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
-DEFAULT_CONFIG = "configs/deepseek_v3.py:tiny"
+DEFAULT_CONFIG = "configs/r1.py:tiny"  # the whole recipe
 # name -> 'module:function', imported when called: matplotlib, grain and orbax would eat the start
 JOBS = {
     "r1": "train.recipe:r1",

@@ -38,7 +38,7 @@ def base() -> ConfigDict:
         stop_after_s=0.0,
         resume="same",  # allow_diff: go on although the config changed; the difference is printed either way
         report=dict(runs=()),
-        sample=dict(prompt="def ", n=1, max_new=200, temperature=0.7, top_p=0.95, checkpoints=(),
+        sample=dict(prompt="def ", n=1, max_new=200, temperature=0.8, top_p=1.0, checkpoints=(),
                     template=dict(kind="raw", raw=dict(), chat=dict()), draft=dict(kind="none", none=dict(), mtp=dict())),
         import_hf=dict(dir="", dtype="float32"),
         export_hf=dict(dir="", quantize="none", dtype="bfloat16"),

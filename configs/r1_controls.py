@@ -4,7 +4,9 @@ Stands for: the claim that length grows because worked answers are right more of
 Run: python main.py --config=configs/r1.py --config.recipe.stages="('base','gate')" --config.seed=S --workdir=runs/bases/seed-S
      python main.py --config=configs/r1_controls.py --workdir=runs/controls    (4 seeds, each from its own base)
 One: python main.py --config=configs/r1_controls.py:format_only@rl --config.init_from.path=runs/bases/seed-0 --workdir=runs/format_only
-Cost: a cell is 24 steps, under a minute on two idle cores. Expect: figures in LOG.md.
+Cost: a cell is 24 steps, under a minute on two idle cores. Expect: figures in LOG.md; on seed 1 (2026-11-24) the worked share went from
+0.18 to 1.00 (accuracy_only), 0.02 (format_only), 0.40 (random_reward: a drift, worked answers no better), 0.00 (length_penalty: even
+the tags go), 1.00 (no_balance).
 """
 from __future__ import annotations
 
@@ -72,13 +74,13 @@ def random_reward(config):
 
 
 def length_penalty(config):
-    """Accuracy and format less half the length's share of the limit: answers stay shorter where that pays more than being right.
+    """Accuracy and format less twice the length's share of the limit: guessing pays more than working, and answers stay short.
 
     Source: ours
     Published: none
     Predicted: length_change down
     """
-    config.rl.rewards.length_penalty = 0.5
+    config.rl.rewards.length_penalty = 2.0
 
 
 def no_balance(config):

@@ -22,7 +22,8 @@ EXPERT_AXES = ("node", "expert")
 
 
 class Route(NamedTuple):
-    """position i32 [M, K]: the row of each (token, choice), P for one of no group here; source i32 [P]: the flat (token, choice) of each row, M*K if padding."""
+    """position i32 [M, K]: the row of each (token, choice), P for one of no group here; source i32 [P]: the flat (token, choice) of
+    each row, M*K if padding."""
 
     position: Any
     source: Any

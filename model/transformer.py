@@ -21,7 +21,7 @@ from model.config import Execution, ModelConfig
 from model.norm import rms_norm
 from model.sharding import Named, constrain
 
-OUTER = ("embedding", "norm", "head", "mtp")
+AS_STORED = Execution()
 
 
 class Cache(NamedTuple):
@@ -86,7 +86,7 @@ def grow(cache: Cache, capacity: int) -> Cache:
                               for k, v in cache.kv.items()})
 
 
-def apply(params, tokens, cfg: ModelConfig, *, run: Execution = Execution(), positions=None, segment_ids=None, router_bias=None,
+def apply(params, tokens, cfg: ModelConfig, *, run: Execution = AS_STORED, positions=None, segment_ids=None, router_bias=None,
           cache: Cache | None = None, n_valid=None, experts=None) -> tuple[Output, dict[str, Any]]:
     """Logits for tokens i32 [B, T]; see Output. metrics: 'moe/load' f32 [n_moe + J, E], 'moe/balance_loss' (sum over rows).
 
@@ -126,7 +126,7 @@ def stage(layers, x, aux, cfg: ModelConfig, run: Execution, *, tape=None):
     tape: {'dense': Tape, 'moe': Tape}, each stacked over the slice's layers (model/tape.py); records come back the same way.
     """
     first, cache = aux.get("first_layer", 0), aux.get("cache")
-    layout, valid = _layout(*x.shape[:2], aux, cfg, x.dtype)
+    layout, valid = layout_of(*x.shape[:2], aux, cfg, x.dtype)
     parts, kv = {}, None if cache is None else cache.kv
     for name in [k for k in ("dense", "moe") if k in layers]:
         stack_cfg = cfg.dense() if name == "dense" else cfg
@@ -154,7 +154,7 @@ def tail(outer, x, aux, cfg: ModelConfig, run: Execution) -> Output:
     hidden = rms_norm(x, outer["norm"], cfg.norm_eps)
     hiddens, routings = [], []
     if cfg.mtp_depth and aux.get("cache") is None and "mtp" in outer:
-        layout, valid = _layout(*x.shape[:2], aux, cfg, x.dtype)
+        layout, valid = layout_of(*x.shape[:2], aux, cfg, x.dtype)
         hiddens, routings = mtp.forward(outer["mtp"], hidden, aux["tokens"], functools.partial(embed, outer, cfg=cfg, run=run),
                                         layout, aux["router_bias"], valid, cfg, run)
     return Output(head(outer, hidden), hidden, [head(outer, h) for h in hiddens], hiddens, routings, None, {}, None)
@@ -183,7 +183,7 @@ def _remat(body, run: Execution):
     return jax.checkpoint(body, policy=None if run.remat == "full" else names, prevent_cse=False)
 
 
-def _layout(B: int, T: int, aux, cfg: ModelConfig, dtype) -> tuple[Layout, Any]:
+def layout_of(B: int, T: int, aux, cfg: ModelConfig, dtype) -> tuple[Layout, Any]:
     """Positions, mask and cache rows of this call, and which tokens are real (bool [B, T])."""
     cache, segments, positions = aux.get("cache"), aux["segment_ids"], aux["positions"]
     index = jnp.arange(T, dtype=jnp.int32)[None]
@@ -204,7 +204,7 @@ def _layout(B: int, T: int, aux, cfg: ModelConfig, dtype) -> tuple[Layout, Any]:
 def _boxed(rng, cfg: ModelConfig):
     """Params with their logical axes: blocks by vmap over folded keys, so that a layer's weights do not depend on the others."""
     run, D = Execution(), cfg.d_model
-    layout, _ = _layout(1, 1, dict(segment_ids=None, positions=None), cfg, jnp.float32)
+    layout, _ = layout_of(1, 1, dict(segment_ids=None, positions=None), cfg, jnp.float32)
     x, valid, bias = jnp.zeros((1, 1, D), jnp.float32), jnp.ones((1, 1), bool), None
 
     def block(stack_cfg):

@@ -152,7 +152,7 @@ def test_a_bug_of_ours_keeps_its_traceback(tmp_path, monkeypatch, error):
 
 
 def test_a_bug_exits_1_through_the_shell(tmp_path):
-    code = "import sys, main; main.JOBS['pretrain'] = 'json:loads'; sys.exit(main.run(['main.py']))"
+    code = "import sys, main; main.JOBS['r1'] = 'json:loads'; sys.exit(main.run(['main.py']))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
     assert done.returncode == 1 and "Traceback" in done.stderr and "TypeError: loads()" in done.stderr
 

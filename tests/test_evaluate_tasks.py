@@ -81,6 +81,8 @@ def test_answers_do_not_depend_on_the_batch_and_come_back_in_order(policy):
     alone = evaluate_tasks.complete(policy, TOKENIZER, prompts[:1], 2, batch_size=4, **knobs)
     assert alone.texts[0] == whole.texts[0]
     assert whole.texts[0][0] != whole.texts[0][1]
+    single = evaluate_tasks.complete(policy, TOKENIZER, prompts, 1, batch_size=4, **knobs)  # sample 0 of each prompt is the same again
+    assert [group[0] for group in single.texts] == [group[0] for group in whole.texts]
 
 
 def test_every_problem_is_held_out_and_the_same_for_every_stage():

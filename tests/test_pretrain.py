@@ -24,7 +24,8 @@ def test_the_loss_falls_and_the_record_is_complete(run_folder):
     assert [line["step"] for line in steps] == list(range(1, 13))
     assert np.mean([s["main_loss"] for s in steps[-3:]]) < steps[0]["main_loss"] - 0.5
     for line in steps:
-        assert set(line) == {"step", "loss", "main_loss", "mtp_loss", "moe/load", "moe/balance_loss", "moe/max_violation", "grad_norm",
+        assert set(line) == {"step", "loss", "main_loss", "mtp_loss", "moe/load", "moe/bias", "moe/balance_loss", "moe/max_violation",
+                             "grad_norm",
                              "tokens", "lr"}
     events = [line["event"] for line in lines(run_folder) if "event" in line]
     assert events == ["corpus", *["eval"] * 4, "closing"]

@@ -113,8 +113,9 @@ def test_metrics_are_named_scalars_and_add_up(model, rng):
     columns = packed(rng)
     with jax.enable_x64(True):
         new, m = jax.device_get(step(state, batch_of(split(columns, 4)), None))
-    assert set(m) == {"loss", "main_loss", "mtp_loss", "moe/load", "moe/balance_loss", "moe/max_violation", "grad_norm", "tokens"}
-    assert all(np.shape(v) == (() if k != "moe/load" else (2, 8)) for k, v in m.items())
+    assert set(m) == {"loss", "main_loss", "mtp_loss", "moe/load", "moe/bias", "moe/balance_loss", "moe/max_violation", "grad_norm",
+                      "tokens"}
+    assert all(np.shape(v) == (() if k not in ("moe/load", "moe/bias") else (2, 8)) for k, v in m.items())
     assert m["loss"] == pytest.approx(m["main_loss"] + 0.3 * m["mtp_loss"] + m["moe/balance_loss"], rel=1e-6)
     assert m["tokens"] == np.count_nonzero(columns["weight"]) and new.step == 1
     assert m["grad_norm"] == pytest.approx(np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(new.opt_state))))

@@ -13,7 +13,8 @@ def arguments(workdir, *edits, steps=6, job="pretrain"):
         "data.validation_every=3", f"pretrain.steps={steps}", "pretrain.seq_len=16", "pretrain.batch_size=4", "pretrain.n_micro=2",
         "pretrain.eval.every=3", "pretrain.eval.max_bytes=200", "pretrain.eval.batch_size=4", "pretrain.sample.prompts=()",
         "optimizer.ema.kind=host", "checkpoint.every=2", "checkpoint.keep=0", *edits]
-    return ["main.py", f"--workdir={workdir}", *(f"--config.{leaf}" for leaf in leaves)]
+    config = pathlib.Path(__file__).parent.parent / "configs" / "deepseek_v3.py:tiny"
+    return ["main.py", f"--config={config}", f"--workdir={workdir}", *(f"--config.{leaf}" for leaf in leaves)]
 
 
 def lines(workdir, name="metrics.jsonl"):

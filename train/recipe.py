@@ -191,7 +191,7 @@ def stage_table(names: tuple[str, ...], seen: dict[str, dict], budgets: dict[str
     cons = next((k for e in seen.values() for k in e if k.startswith("cons_at_") and k.split("_")[-1].isdigit()), "cons_at_16")
     families = list(dict.fromkeys(f for e in seen.values() for f, v in e["by_family"].items() if v.get("transfer")))
     header = ("stage", "pass@1", cons.replace("cons_at_", "cons@"), "length", "format", "one language", "worked", "worked right",
-              "direct right", *(f"{f} (new)" if f != "relay" else "relay (unseen)" for f in families), "compile s", "run s")
+              "direct right", *(f"{f} (transfer)" for f in families), "compile s", "run s")
     rows = []
     for name in names:
         e, b = seen.get(name, {}), budgets.get(name)

@@ -116,7 +116,7 @@ def time_parts(state, cfg, run, optimizer, spec: Speed) -> dict[str, float]:
     prepared = precision.prepare(state.params, run)
     dtype = run.precision.dtype or jnp.float32
     x = jax.random.normal(jax.random.key(1), (spec.batch_size, spec.seq_len, cfg.d_model), dtype)
-    layout, valid = transformer._layout(*x.shape[:2], dict(positions=None, segment_ids=None), cfg, dtype)
+    layout, valid = transformer.layout_of(*x.shape[:2], dict(positions=None, segment_ids=None), cfg, dtype)
     parts: dict[str, float] = {}
 
     def add(name: str, function: Callable, params, n: int) -> None:
