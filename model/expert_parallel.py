@@ -47,7 +47,8 @@ def apply(run_experts, x_MD, weights_MK, experts_MK, w_up, w_down, cfg, run, tap
     n_shards = math.prod(mesh.shape[axis] for axis in exchange)
     if x_MD.shape[0] % n_data or cfg.moe.n_routed_experts % n_shards:
         return local(x_MD, weights_MK, experts_MK, w_up, w_down, shards=())  # too few rows or experts to split: XLA places them
-    tensor = "tensor" if mesh.shape["tensor"] > 1 and not run.precision.recipe else None
+    split_ffn = mesh.shape["tensor"] > 1 and cfg.moe.d_expert % mesh.shape["tensor"] == 0 and not run.precision.recipe
+    tensor = "tensor" if split_ffn else None
     rows, up, down = PartitionSpec(sharding.DATA_AXES), PartitionSpec(exchange, None, tensor), PartitionSpec(exchange, None, tensor)
     up, down = (jax.tree.map(lambda leaf, spec=spec: spec if leaf.ndim > 2 else PartitionSpec(exchange), w)
                 for w, spec in ((w_up, up), (w_down, down)))
