@@ -104,7 +104,8 @@ def gradients(run):
 
 
 @pytest.mark.parametrize("run", [
-    Execution(scan_unroll=2), Execution(remat="full"), Execution(remat="names", remat_save=("c_kv",)), Execution(experts="ragged"),
+    pytest.param(Execution(scan_unroll=2), marks=pytest.mark.slow), pytest.param(Execution(remat="full"), marks=pytest.mark.slow),
+    Execution(remat="names", remat_save=("c_kv",)), pytest.param(Execution(experts="ragged"), marks=pytest.mark.slow),
     Execution(experts="block")], ids=["unroll", "remat_full", "remat_names", "ragged", "block"])
 def test_how_a_model_runs_changes_nothing(run):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), gradients(run), gradients(Execution(experts="masked")))

@@ -10,9 +10,10 @@ from tiny_model import init, random_tokens, tiny
 from model import sharding, transformer
 from model.config import Execution
 
-MESHES = [dict(node=2, expert=2, fsdp=2), dict(expert=4, tensor=2), *(
+MESHES = [dict(node=2, expert=2, fsdp=2), *(
     pytest.param(shape, marks=pytest.mark.slow) for shape in (
-        dict(fsdp=8), dict(expert=8), dict(expert=2, fsdp=4), dict(tensor=2, fsdp=4), dict(tensor=8), dict(node=4, expert=2),
+        dict(expert=4, tensor=2), dict(fsdp=8), dict(expert=8), dict(expert=2, fsdp=4), dict(tensor=2, fsdp=4), dict(tensor=8),
+        dict(node=4, expert=2),
         dict(node=2, expert=2, tensor=2), dict(node=2, fsdp=2, tensor=2)))]
 RUN = Execution(experts="block")
 
