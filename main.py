@@ -12,10 +12,10 @@ import sys
 import traceback
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# a third off the time to the first step on a CPU, nothing lost at run time (LOG.md); kernels on a GPU keep the full level
+# compiles sooner on a CPU; kernels on a GPU keep the full level
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
-# compiled programs outlive the process: the second start of a run takes a third of the first one's time (LOG.md)
+# compiled programs outlive the process: a second start does not compile again
 _CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "deepseek-jax")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
