@@ -177,7 +177,7 @@ def _v3_layer(config):
 
 def _tiny(config):
     """A V3 for two CPU cores: every part of the paper, 1 dense and 2 MoE layers."""
-    config.run.scan_unroll = 3  # a fifth off a step; rolled loops of two layers cost more than they save
+    config.run.scan_unroll = 3  # rolled loops of two layers cost more than they save
     m = config.model
     m.update(dict(vocab_size=512, d_model=128, n_layers=3, n_dense_layers=1, d_ff=384, init_std=0.02, mtp_depth=1))
     m.attention.mla.update(dict(

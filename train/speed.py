@@ -26,7 +26,7 @@ from train import sampler
 from train import state as states
 from train.metrics import prepare_workdir, table
 from train.pretrain import loss_of
-from train.step import compile_step, make_train_step
+from train.step import compile_step, make_train_step, token_logp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +146,6 @@ def time_parts(state, cfg, run, optimizer, spec: Speed) -> dict[str, float]:
     tokens = jnp.zeros(x.shape[:2], jnp.int32)
 
     def head_loss(outer, x):
-        from train.step import token_logp
-
         return token_logp(transformer.head(outer, x), tokens)
 
     add("head and loss", head_loss, {"head": state.params["head"]}, 1)
