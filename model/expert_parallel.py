@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from model import block_matmul, sharding
+from model import block_matmul, precision, sharding
 
 EXPERT_AXES = ("node", "expert")
 
@@ -30,7 +30,7 @@ class Route(NamedTuple):
 
 
 def apply(run_experts, x_MD, weights_MK, experts_MK, w_up, w_down, cfg, run, tape):
-    """The routed part of an MoE layer: dispatch, run_experts(rows, group_sizes, align, w_up, w_down, tape), combine -> [M, D].
+    """The routed part of an MoE layer: dispatch, run_experts(rows, quantized, group_sizes, align, w_up, w_down, tape), combine -> [M, D].
 
     Under a mesh each data shard dispatches its own tokens. With experts over several shards ('one_hop'), a shard sees the tokens of
     its expert group by one all-gather and returns weighted sums by one reduce-scatter: static shapes make a dropless exchange cost
@@ -52,6 +52,9 @@ def apply(run_experts, x_MD, weights_MK, experts_MK, w_up, w_down, cfg, run, tap
     rows, up, down = PartitionSpec(sharding.DATA_AXES), PartitionSpec(exchange, None, tensor), PartitionSpec(exchange, None, tensor)
     up, down = (jax.tree.map(lambda leaf, spec=spec: spec if leaf.ndim > 2 else PartitionSpec(exchange), w)
                 for w, spec in ((w_up, up), (w_down, down)))
+    if tape.tape is not None and (tape.tape.zeros or tape.tape.outputs):
+        raise ValueError("moe: a tape's zeros and outputs do not cross a mesh here; a pipeline's own shard_map takes them")
+    local = functools.partial(local, tape=None)  # nor do its records
     copied = tuple(axis for axis in sharding.DATA_AXES if axis not in exchange)  # axes along which the experts are copies
 
     def placed(x, weights, experts, *w):
@@ -68,17 +71,21 @@ def _local(run_experts, x_MD, weights_MK, experts_MK, w_up, w_down, *, cfg, run,
     """What one device does: its tokens (and those of the shards it exchanges with) through its own experts."""
     E = cfg.moe.n_routed_experts
     with jax.named_scope("moe/dispatch"):
+        quantized = precision.quantize_tokens(x_MD, w_up, run, "moe/gate_up")
+        quantized = quantized and (jax.lax.bitcast_convert_type(quantized[0], jnp.uint8), quantized[1])
         if shards:
             E //= jax.lax.axis_size(shards)
             x_MD, weights_MK, experts_MK = (jax.lax.all_gather(a, shards, tiled=True) for a in (x_MD, weights_MK, experts_MK))
+            quantized = quantized and tuple(jax.lax.all_gather(a, shards, tiled=True) for a in quantized)
             experts_MK = experts_MK - jax.lax.axis_index(shards) * E
             mine = (experts_MK >= 0) & (experts_MK < E)
             experts_MK, weights_MK = jnp.where(mine, experts_MK, E), jnp.where(mine, weights_MK, 0)  # E: of no group here
         align = row_alignment(experts_MK.size, E, fp8=run.precision.recipe is not None)
         route, group_sizes = plan(experts_MK, E, align)
-        rows = dispatch(x_MD, route)
+        rows = dispatch(x_MD, route)  # under FP8 nothing reads it: it carries the gradient
+        quantized = quantized and dispatch_quantized(*quantized, route)
     with jax.named_scope("moe/experts"):
-        rows = run_experts(rows, group_sizes, align, w_up, w_down, tape)
+        rows = run_experts(rows, quantized, group_sizes, align, w_up, w_down, tape)
     with jax.named_scope("moe/combine"):
         out = combine(rows, weights_MK, route)
         out = jax.lax.psum(out, tensor) if tensor else out
@@ -113,6 +120,15 @@ def dispatch(x_MD, route: Route):
     n, top_k = route.position.size, route.position.shape[1]
     token = jnp.minimum(route.source, n - 1) // top_k
     return jnp.where(route.source[:, None] < n, x_MD[token], 0)
+
+
+def dispatch_quantized(q_MD, scale_MS, route: Route):
+    """Tokens quantised in 1x128 tiles, as bytes u8 [M, D] with scales f32 [M, D/128] -> (E4M3 rows [P, D], scales [P, D/128]): FP8
+    dispatch (V3 §3.3.3). Scales are gathered along the tokens as the kernels keep them, [D/128, M]."""
+    n, top_k = route.position.size, route.position.shape[1]
+    token, real = jnp.minimum(route.source, n - 1) // top_k, route.source < n
+    q = jnp.where(real[:, None], q_MD[token], jnp.uint8(0))
+    return jax.lax.bitcast_convert_type(q, jnp.float8_e4m3fn), jnp.take(scale_MS.T, token, axis=1).T
 
 
 def _dispatch_backward(route, g_PD):

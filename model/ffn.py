@@ -20,5 +20,5 @@ def dense_ffn(module, x_BTD, width: int, scope: str, tape, prefix: str = ""):
     D, init = x_BTD.shape[-1], normal(module.cfg.init_std)
     w_up = param(module, f"{prefix}gate_up", (2, width, D), ("pair", "ffn", "embed"), init)
     w_down = param(module, f"{prefix}down", (D, width), ("embed", "ffn"), init)
-    hidden = swiglu(precision.linear(x_BTD, w_up, module.run, f"{scope}gate_up", tape))
-    return precision.linear(hidden, w_down, module.run, f"{scope}down", tape)
+    gate_up = precision.linear(x_BTD, w_up, module.run, f"{scope}gate_up", tape)
+    return precision.linear(swiglu(gate_up), w_down, module.run, f"{scope}down", tape, gate_up=gate_up)

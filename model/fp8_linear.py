@@ -52,12 +52,17 @@ def quantize_weight(w, recipe: Recipe):
     return q, q.mT, jnp.broadcast_to(scale, (*w.shape[:-2], -(-n // 128), -(-k // 128)))
 
 
-def quantize_input(x, site: str, recipe: Recipe):
-    """x [M, K] -> the cached operand (q, scale): E4M3 in 1x128 tiles, or E5M6 with power-of-two scales after attention."""
+def quantize_input(x, site: str, recipe: Recipe, gate_up=None):
+    """x [M, K] -> the cached operand (q, scale): E4M3 in 1x128 tiles, or E5M6 with power-of-two scales after attention.
+
+    gate_up [M, 2K]: what x is the SwiGLU of; activation and quantisation are then one kernel, and x itself is never written.
+    """
     x = jax.lax.stop_gradient(x)
     if recipe.tensor:
         q, scale = _tensor(x)
         cached = q, _spread(scale, (x.shape[0], -(-x.shape[1] // 128)))
+    elif gate_up is not None:
+        cached = quantize.swiglu_quantize(jax.lax.stop_gradient(gate_up))
     elif site in CACHED_WIDE:
         cached = quantize.quantize_tiles(x, (1, 128), "e5m6", power_of_two=True)
     else:

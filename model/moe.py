@@ -134,10 +134,10 @@ class MoEFFN(nn.Module):
                 balance=balance_loss(scores(logits, m).reshape(B, T, -1), valid_BT, m),
                 experts=experts.reshape(B, T, -1))
 
-        def run_experts(rows, group_sizes, align, w_up, w_down, tape):
+        def run_experts(rows, quantized, group_sizes, align, w_up, w_down, tape):
             """What lies between dispatch and combine: rows [M, D] sorted by expert -> rows."""
-            hidden = swiglu(precision.grouped_linear(rows, group_sizes, w_up, run, "moe/gate_up", tape, align=align))
-            return precision.grouped_linear(hidden, group_sizes, w_down, run, "moe/down", tape, align=align)
+            gate_up = precision.grouped_linear(rows, group_sizes, w_up, run, "moe/gate_up", tape, align=align, quantized=quantized)
+            return precision.grouped_linear(swiglu(gate_up), group_sizes, w_down, run, "moe/down", tape, align=align, gate_up=gate_up)
 
         if _all_experts(run, B * T, m):
             routed = _masked(x_MD, weights, experts, w_up, w_down, run, tape)

@@ -118,12 +118,16 @@ def _low_as(master, low):
 _low_as.defvjp(lambda master, low: (low, master), lambda master, g: (g.astype(master.dtype), jnp.zeros_like(g)))
 
 
-def linear(x, w, run, site: str, tape: tapes.LayerTape | None = None):
-    """x [..., K] times w [N, K]^T -> [..., N] in x's dtype; w [2, N, K] gives [..., 2N]. w: array or Weight."""
+def linear(x, w, run, site: str, tape: tapes.LayerTape | None = None, *, gate_up=None):
+    """x [..., K] times w [N, K]^T -> [..., N] in x's dtype; w [2, N, K] gives [..., 2N]. w: array or Weight.
+
+    gate_up [..., 2K], where x is its SwiGLU: FP8 sites quantise from it in one kernel.
+    """
     flat = x.reshape(-1, x.shape[-1])  # with 3-D inputs XLA's CPU weight gradient runs on one thread
     with jax.named_scope(site):
         if _is_fp8(w, run):
-            cached = fp8_linear.quantize_input(flat, site, run.precision.recipe)
+            gate_up = None if gate_up is None else gate_up.reshape(-1, gate_up.shape[-1])
+            cached = fp8_linear.quantize_input(flat, site, run.precision.recipe, gate_up)
             y = tapes.write(tape, site, cached, lambda stored: fp8_linear.linear(flat, cached, w, run.precision.recipe, stored))
         else:
             merged = _merge(w, 0, x.dtype)
@@ -131,20 +135,29 @@ def linear(x, w, run, site: str, tape: tapes.LayerTape | None = None):
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def grouped_linear(rows, group_sizes, w, run, site: str, tape: tapes.LayerTape | None = None, *, align: int = 1):
+def grouped_linear(rows, group_sizes, w, run, site: str, tape: tapes.LayerTape | None = None, *, align: int = 1, gate_up=None,
+                   quantized=None):
     """rows [M, K], sorted by expert, times each one's w [E, N, K]^T (or [E, 2, N, K]) -> [M, N]; rows past the last group give 0.
 
-    group_sizes i32 [E]; `align` is a number every group size is known to be a multiple of (dispatch pads to it).
+    group_sizes i32 [E]; `align` is a number every group size is known to be a multiple of (dispatch pads to it). gate_up as in
+    `linear`; `quantized`: rows as dispatch brought them in FP8 (`quantize_tokens`).
     """
     with jax.named_scope(site):
         if _is_fp8(w, run):
             recipe = run.precision.recipe
-            cached = fp8_linear.quantize_input(rows, site, recipe)
+            cached = fp8_linear.quantize_input(rows, site, recipe, gate_up) if quantized is None else quantized
             return tapes.write(tape, site, cached, lambda stored: fp8_linear.grouped(rows, cached, w, group_sizes, recipe, stored),
                                group_sizes)
         static = (choose_experts(run.experts, rows.dtype), align)
         w = _merge(w, 1, rows.dtype)
         return tapes.write(tape, site, rows, lambda stored: _grouped(static, rows, w, group_sizes, stored), group_sizes)
+
+
+def quantize_tokens(x, w, run, site: str):
+    """x [M, K] in FP8 as `grouped_linear` caches its rows, for a dispatch that moves bytes (V3 §3.3.3); None where w's kind has no tiles
+    that a row could keep on its way."""
+    recipe = run.precision.recipe
+    return fp8_linear.quantize_input(x, site, recipe) if _is_fp8(w, run) and not recipe.tensor else None
 
 
 def weight_gradient(x, dy, site: str, run, group_sizes=None):

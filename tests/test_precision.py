@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny_model import init, tiny
 
-from model import fp8_linear, precision
+from model import expert_parallel, ffn, fp8_linear, precision
 from model.config import Execution
 from model.tape import LayerTape, Tape
 from pallas_kernels import quantize
@@ -134,3 +134,31 @@ def test_prepared_weights_keep_block_scales_of_the_paper(rng):
     merged = np.asarray(w).reshape(2, 408, 200)
     blocks = functools.partial(np.pad, pad_width=((0, 0), (0, 104), (0, 56)))(np.abs(merged)).reshape(2, 4, 128, 2, 128).max((2, 4))
     np.testing.assert_allclose(weight.scale, blocks / 448, rtol=1e-6)
+
+
+def test_tokens_dispatched_in_fp8_are_the_rows_quantised_after_dispatch(rng):
+    x, experts = jnp.array(rng.normal(size=(48, K)), jnp.bfloat16), jnp.array(rng.integers(0, 3, (48, 2)), jnp.int32)
+    route, _ = expert_parallel.plan(experts, 4, 128)  # one expert has no row
+    want_q, want_scale = quantize.quantize_tiles(expert_parallel.dispatch(x, route))
+    q, scale = quantize.quantize_tiles(x)
+    got_q, got_scale = expert_parallel.dispatch_quantized(jax.lax.bitcast_convert_type(q, jnp.uint8), scale, route)
+    real = np.asarray(route.source) < experts.size
+    np.testing.assert_array_equal(got_q.astype(jnp.float32), want_q.astype(jnp.float32))
+    np.testing.assert_array_equal(np.asarray(got_scale)[real], np.asarray(want_scale)[real])
+
+
+def test_swiglu_quantised_in_one_kernel_is_its_parts_and_keeps_its_gradient(rng):
+    """The fused operand skips one rounding to bf16; the gradient reaches gate and up as it does without."""
+    gate_up, w, prepared, dy = operands(rng, "fp8_block")
+    gate_up = jnp.concatenate([gate_up, gate_up[::-1]], axis=-1)
+
+    def of(fused):
+        def f(h, master):
+            w = prepared._replace(master=master)
+            return precision.linear(ffn.swiglu(h), w, run_of("fp8_block"), "ffn/down", gate_up=h if fused else None)
+        y, pull = jax.vjp(f, gate_up, w)
+        return (y, *pull(dy))
+
+    for fused, parts in zip(of(True), of(False), strict=True):
+        assert error(fused, np.asarray(parts, np.float64)) < 0.05
+    np.testing.assert_array_equal(of(True)[1], of(False)[1])

@@ -7,6 +7,8 @@ cores sum 128 of K; that partial product is then scaled and added in float32 reg
 One block has `wgs` consumer warpgroups and a producer. A consumer owns `tile_m / wgs` rows of the tile as waves of 64.
 The grid is persistent. Letters: S stages, m/n/k tile indices. Building blocks in `pallas_kernels.hopper`.
 """
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -25,6 +27,7 @@ REF = plgpu.RefType()
 TILED = plgpu.RefType((plgpu.TilingTransform((8, BLOCK_K)), plgpu.SwizzleTransform(128)))
 
 
+@functools.partial(jax.jit, static_argnames=("n", "tuning", "out_shape", "row_scales", "promotion"))  # one compile a shape
 def gemm(
     a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array, *, n: int, tuning: Tuning,
     out_shape: jax.ShapeDtypeStruct, row_scales: bool = False, tiles: tuple[jax.Array, jax.Array] | None = None,

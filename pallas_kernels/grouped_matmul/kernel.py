@@ -5,6 +5,8 @@ lies 'k' (its rows hold the reduction) or 'mn' (its columns do); wgmma in bf16 r
 gradient need no transposed copies. The persistent grid walks the row tiles of a table made on the device
 (`grouped_matmul.tiles`). With `interpret` Pallas barriers and copies stand in for those of `pallas_kernels.hopper`.
 """
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -25,6 +27,7 @@ def tiled(columns: int) -> tuple:
     return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)
 
 
+@functools.partial(jax.jit, static_argnames=("major", "n", "b_stride", "out_shape", "tuning", "interpret"))  # one compile a shape
 def gemm(
     a: jax.Array, b: jax.Array, table: tuple[jax.Array, jax.Array], *, major: tuple[str, str], n: int,
     b_stride: int, out_shape: jax.ShapeDtypeStruct, tuning: Tuning = PAIR, accumulate: jax.Array | None = None,

@@ -6,6 +6,7 @@
 conflicts) and leave as [K, M]. Everything is one `plgpu.inline_mgpu` body: Pallas has no byte-wise transposition.
 """
 import dataclasses
+import functools
 import math
 
 import jax
@@ -386,6 +387,7 @@ def _body(job: Job):
     return body
 
 
+@functools.partial(jax.jit, static_argnums=0)  # traced and compiled once a shape, however often a model calls it
 def quantize(job: Job, x: jax.Array, scale: jax.Array | None = None) -> list[jax.Array]:
     """x [batch, M, K or 2K] (and its scale [batch, K/128, M]) -> in this order, those asked for: q [batch, M, K], its
     scale [batch, K/128, M]; transposed q [batch, K, M], its scale [batch, M/128, K]; block scale [batch, M/128, K/128].
