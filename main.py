@@ -1,6 +1,7 @@
 """Config in, job out: python main.py [--config=configs/NAME.py[:ARG]] [--config.path.to.leaf=VALUE ...] [--workdir=DIR]
 
 Flags: --workdir (where the run is written), --traceback (show where a user error was found), --help.
+Several processes (srun, mpirun, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID): the same command on each.
 Exit codes: 0 done, 1 a bug of ours or a loss that is not finite, 2 a mistake in a flag, config or file (one line on stderr).
 """
 import difflib
@@ -24,6 +25,7 @@ from absl import flags  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 from model.errors import UserError, choice, require  # noqa: E402
+from train import cluster  # noqa: E402
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 DEFAULT_CONFIG = "configs/r1.py:tiny"  # the whole recipe
@@ -37,6 +39,9 @@ JOBS = {
     "rejection": "train.rejection:rejection",
     "eval": "train.eval_job:evaluate",
     "speed": "train.speed:speed",
+    "scaling": "train.scaling:scaling",
+    "plan": "train.plan:plan",
+    "probe": "train.probe:probe",
     "schedule": "train.pipeline.job:schedule",
     "import_hf": "train.convert:import_hf",
     "export_hf": "train.convert:export_hf",
@@ -48,6 +53,8 @@ JOBS = {
     "bench": "pallas_kernels.bench:bench",
 }
 
+SEVERAL = ("pretrain", "sft", "eval", "import_hf", "export_hf")  # jobs that several processes can share
+
 
 def run(argv: list[str]) -> int:
     """Runs one job from command-line arguments; returns the exit code. A user's mistake is one line on stderr, and 2."""
@@ -57,6 +64,8 @@ def run(argv: list[str]) -> int:
     try:
         config, workdir = read_flags(argv)
         module, function = JOBS[choice(config.job, JOBS, "job")].split(":")
+        if cluster.start():
+            choice(config.job, SEVERAL, "job under several processes")
         getattr(importlib.import_module(module), function)(config, workdir)
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -64,6 +73,8 @@ def run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted: what was saved stays, the same command goes on from there", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        cluster.give_up(error)
     except (UserError, AttributeError, KeyError) as error:
         if not isinstance(error, UserError):
             error = _missing_leaf(error)
@@ -163,4 +174,4 @@ def _configs() -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv))
+    sys.exit(cluster.leave(run(sys.argv)))

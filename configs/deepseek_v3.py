@@ -42,17 +42,25 @@ def base() -> ConfigDict:
                     template=dict(kind="raw", raw=dict(), chat=dict()), draft=dict(kind="none", none=dict(), mtp=dict())),
         import_hf=dict(dir="", dtype="float32"),
         export_hf=dict(dir="", quantize="none", dtype="bfloat16"),
-        speed=dict(batch_size=8, seq_len=2048, repeats=10, gen_batch=32, gen_prompt=64, gen_new=128, peak_tflops=989.5, parts=0),
+        probe=dict(against="bf16", batch_size=4, seq_len=1024, threshold=0.1, history=8),  # against: run.precision.kind
+        speed=dict(batch_size=8, seq_len=2048, repeats=10, gen_batch=32, gen_prompt=64, gen_new=128, peak_tflops=989.5, parts=0, trace=0),
+        plan=dict(n_devices=2048, rows=1, seq_len=4096, memory_gib=80.0,
+                  program=dict(kind="none", none=dict(), here=dict(steps=2), mock=dict(steps=2))),
+        scaling=dict(parts=("equality", "throughput", "exchange"), meshes=("fsdp=-1", "expert=-1", "tensor=-1"), trace=3,
+                     equality=dict(precisions=("fp32", "bf16"), n_layers=2, batch_size=8, seq_len=256),
+                     exchange=dict(rows=(1024, 8192), widths=(1024, 7168), repeats=20)),
     ))
 
 
 def model() -> dict:
     """V3-671B: every leaf of config.model."""
+    mla = dict(n_heads=128, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
     return dict(
         vocab_size=129280, d_model=7168, n_layers=61, n_dense_layers=3, d_ff=18432, norm_eps=1e-6, init_std=0.006, mtp_depth=1,
         attention=dict(
             kind="mla",
-            mla=dict(n_heads=128, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128),
+            mla=mla,
+            gated=mla,  # one subtree under two names: a preset sizes both
             mha=dict(n_heads=128, head_dim=128),
             gqa=dict(n_heads=128, n_kv_heads=8, head_dim=128),
             mqa=dict(n_heads=128, head_dim=128)),
@@ -70,7 +78,7 @@ def model() -> dict:
 def run() -> dict:
     """Every leaf of config.run: how a model runs, on the CPU."""
     return dict(
-        precision=dict(kind="fp32"),
+        precision=dict(kind="fp32", fp8_delayed=dict(history=1024, margin=0)),
         remat=dict(kind="none", names=dict(save=("c_kv",))),
         attention=dict(kind="auto"),
         experts=dict(kind="auto"),
@@ -84,6 +92,7 @@ def optimizer() -> dict:
     """AdamW of V3 §4.2 with bf16 moments (§3.3.2); every leaf of config.optimizer."""
     adamw = dict(b1=0.9, b2=0.95, eps=1e-8, moment_dtype="bfloat16")
     return dict(kind="adamw", adamw=adamw, muon=dict(momentum=0.95, rms=0.2, adamw=adamw), weight_decay=0.1, clip=1.0, rules=(),
+                sharding=dict(kind="fsdp", fsdp=dict(), zero1=dict()),  # of masters and moments over the data axes
                 ema=dict(kind="none", none=dict(), host=dict(decay=0.999)))
 
 
@@ -193,6 +202,7 @@ def _tiny(config):
     config.pretrain.bias_rate.first = 1e-2  # at 1e-3 the load stays at twice the mean for hundreds of steps
     config.pretrain.eval.update(dict(every=150, max_bytes=60_000))
     config.data.max_bytes = 4_000_000
+    config.probe.seq_len = 128
     config.speed.update(dict(batch_size=16, seq_len=128, gen_batch=16, gen_prompt=32, gen_new=32, peak_tflops=0.0))
 
 

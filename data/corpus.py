@@ -108,27 +108,45 @@ def describe(spec: DataSpec) -> dict:
     return dict(hash=digest.hexdigest()[:16], python=platform.python_version(), bytes=sizes)
 
 
-def make_iterator(spec: DataSpec, tokenizer, *, batch_size: int, seq_len: int, n_micro: int, seed: int, split="train"):
+def make_iterator(spec: DataSpec, tokenizer, *, batch_size: int, seq_len: int, n_micro: int, seed: int, split="train", rows=None):
     """Endless batches dict(tokens, segment_ids, positions, weight), numpy [n_micro, batch_size / n_micro, seq_len].
 
-    batch_size counts the rows of a whole step. The iterator has `get_state() -> dict` and `set_state(dict)`.
+    batch_size counts the rows of a whole step; rows (indices into a micro-batch) are those wanted here, by default all. The iterator
+    has `get_state() -> dict` and `set_state(dict)`; a state fits whatever the rows.
     """
     make = functools.partial(_rows, spec, tokenizer, seq_len=seq_len, seed=seed, split=split)
     shares = _shares(spec)
-    return iterate([make(domain) for domain in shares], list(shares.values()), batch_size, n_micro, spec.threads)
+    return iterate([make(domain) for domain in shares], list(shares.values()), batch_size, n_micro, spec.threads, rows)
 
 
-def iterate(sources: list, weights: list[float], batch_size: int, n_micro: int, threads: int = 1):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """Of a random-access source in batches of batch_size, the rows with these indices: what one process reads."""
+
+    source: object
+    batch_size: int
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.source) // self.batch_size * len(self.rows)
+
+    def __getitem__(self, i: int):
+        batch, k = divmod(int(i), len(self.rows))
+        return self.source[batch * self.batch_size + int(self.rows[k])]
+
+
+def iterate(sources: list, weights: list[float], batch_size: int, n_micro: int, threads: int = 1, rows=None):
     """The grain end of the pipeline, over any random-access sources of rows (packing.Rows, packing.Generated)."""
     import grain  # two seconds: only a job that trains pays them
 
     if batch_size % n_micro:
         raise ValueError(f"batch_size: {batch_size} rows do not divide into {n_micro} micro-batches")
-    rows = [grain.MapDataset.source(s) for s in sources]
-    mixed = rows[0] if len(rows) == 1 else grain.MapDataset.mix(rows, weights=weights)
-    batches = mixed.batch(batch_size).map(
-        lambda b: {k: v.reshape(n_micro, batch_size // n_micro, *v.shape[1:]) for k, v in b.items()}
-    )
+    each = [grain.MapDataset.source(s) for s in sources]
+    mixed = each[0] if len(each) == 1 else grain.MapDataset.mix(each, weights=weights)
+    if rows is not None and len(rows) < batch_size // n_micro:
+        here = (np.arange(n_micro)[:, None] * (batch_size // n_micro) + rows).ravel()
+        mixed, batch_size = grain.MapDataset.source(Part(mixed, batch_size, here)), len(here)
+    batches = mixed.batch(batch_size).map(lambda b: {k: v.reshape(n_micro, -1, *v.shape[1:]) for k, v in b.items()})
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
 
 

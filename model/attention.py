@@ -3,6 +3,7 @@
 MLA keeps, per token and layer, the normalised latent c_t^KV and one rotated key k_t^R shared by all heads, and nothing else.
 Training and prefill expand the latent to per-head keys and values; decoding absorbs W^UK into the query and W^UV into the output
 (V2 §2.1.2), which is multi-query attention over the cache. Both are the same function of the same parameters.
+Gated attention (Qiu et al. 2505.06708) is MLA whose heads a sigmoid of the block's input scales before the output projection.
 A kind is a frozen dataclass (its shapes and counts) and a Linen module with `__call__(x, layout, cache, tape) -> (out, cache)`.
 Shapes: B batch, T query, S key, D d_model, H heads, G key/value heads, N qk_nope_head_dim, R qk_rope_head_dim, P v_head_dim,
 C kv_lora_rank, Q q_lora_rank.
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo
 
 from model import precision
 from model.dtypes import at_least_f32
@@ -126,6 +128,32 @@ class GroupedQuery:
         return GroupedQueryAttention(cfg, run, name="attention")
 
 
+@dataclasses.dataclass(frozen=True)
+class Gated:
+    """MLA with a gate on every channel of every head; its leaves are MLA's."""
+
+    mla: MLA
+
+    @property
+    def rotated(self) -> int:
+        return self.mla.rotated
+
+    def num_params(self, d_model: int) -> int:
+        return self.mla.num_params(d_model) + self.mla.n_heads * self.mla.v_head_dim * d_model
+
+    def matmul_params(self, d_model: int) -> int:
+        return self.mla.matmul_params(d_model) + self.mla.n_heads * self.mla.v_head_dim * d_model
+
+    def core_flops(self, keys: float) -> float:
+        return self.mla.core_flops(keys)
+
+    def cache_shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.mla.cache_shapes()
+
+    def module(self, cfg, run) -> nn.Module:
+        return GatedAttention(cfg, run, name="attention")
+
+
 class LatentAttention(nn.Module):
     """MLA: x [B, T, D] -> (out [B, T, D], LayerCache of c [L, B, S, C] and k_rope [L, B, S, R], or None)."""
 
@@ -134,42 +162,62 @@ class LatentAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, layout: Layout, cache, tape):
-        a, run, init = self.cfg.attention, self.run, normal(self.cfg.init_std)
-        B, T, D = x_BTD.shape
-        q_width, kv_width = a.n_heads * a.qk_head_dim, a.n_heads * (a.qk_nope_head_dim + a.v_head_dim)
+        heads, cache = latent_heads(self, self.cfg.attention, x_BTD, layout, cache, tape)
+        w_out = param(self, "out", (x_BTD.shape[-1], heads.shape[-1]), ("embed", "heads"), normal(self.cfg.init_std))
+        return precision.linear(heads, w_out, self.run, "mla/out", tape), cache
 
-        if a.q_lora_rank:
-            w_q_down = param(self, "q_down", (a.q_lora_rank, D), ("q_lora", "embed"), init)
-            q_norm = norm_param(self, "q_norm", a.q_lora_rank, "q_lora")
-            w_q_up = param(self, "q_up", (q_width, a.q_lora_rank), ("heads", "q_lora"), init)
-            c_q = rms_norm(precision.linear(x_BTD, w_q_down, run, "mla/q_down", tape), q_norm, LATENT_EPS)
-            q = precision.linear(tape.probe("mla", "c_q", c_q), w_q_up, run, "mla/q_up", tape)
-        else:
-            q = precision.linear(x_BTD, param(self, "q", (q_width, D), ("heads", "embed"), init), run, "mla/q", tape)
-        q_BTHK = q.reshape(B, T, a.n_heads, a.qk_head_dim)
-        q_nope, q_rope = q_BTHK[..., :a.qk_nope_head_dim], rotate(q_BTHK[..., a.qk_nope_head_dim:], layout.rotation)
 
-        w_kv_down = param(self, "kv_down", (a.kv_lora_rank + a.qk_rope_head_dim, D), ("kv_lora", "embed"), init)
-        kv_norm = norm_param(self, "kv_norm", a.kv_lora_rank, "kv_lora")
-        w_kv_up = param(self, "kv_up", (kv_width, a.kv_lora_rank), ("heads", "kv_lora"), init)
-        w_out = param(self, "out", (D, a.n_heads * a.v_head_dim), ("embed", "heads"), init)
-        down = precision.linear(x_BTD, w_kv_down, run, "mla/kv_down", tape)
-        c = tape.probe("mla", "c_kv", rms_norm(down[..., :a.kv_lora_rank], kv_norm, LATENT_EPS))
-        k_rope = rotate(down[..., None, a.kv_lora_rank:], layout.rotation)[:, :, 0]
-        if cache is not None:
-            cache, held = append(cache, {"c": c, "k_rope": k_rope}, layout.write)
-            c, k_rope = held["c"].astype(x_BTD.dtype), held["k_rope"].astype(x_BTD.dtype)
+class GatedAttention(nn.Module):
+    """Gated: out = W^O (heads * sigmoid(W^G x)); shapes and cache are LatentAttention's. W^G stays out of precision.MATMULS: never FP8."""
 
-        scale = a.qk_head_dim ** -0.5 * self.cfg.rope.scaling.softmax_factor
-        if cache is not None and run.absorbed_max >= T:
-            out = _absorbed(q_nope, q_rope, c, k_rope, precision.raw(w_kv_up, x_BTD.dtype), layout.mask, scale, a)
-        else:
-            kv = precision.linear(c, w_kv_up, run, "mla/kv_up", tape).reshape(B, c.shape[1], a.n_heads, -1)
-            k_nope, v = kv[..., :a.qk_nope_head_dim], kv[..., a.qk_nope_head_dim:]
-            k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], a.qk_rope_head_dim))], axis=-1)
-            out = core(jnp.concatenate([q_nope, q_rope], axis=-1), k, v, layout, scale, run)
-        out = tape.probe("mla", "core", out).reshape(B, T, a.n_heads * a.v_head_dim)
-        return precision.linear(out, w_out, run, "mla/out", tape), cache
+    cfg: Any
+    run: Any
+
+    @nn.compact
+    def __call__(self, x_BTD, layout: Layout, cache, tape):
+        heads, cache = latent_heads(self, self.cfg.attention.mla, x_BTD, layout, cache, tape)
+        w_out = param(self, "out", (x_BTD.shape[-1], heads.shape[-1]), ("embed", "heads"), normal(self.cfg.init_std))
+        w_gate = param(self, "head_gate", (heads.shape[-1], x_BTD.shape[-1]), ("heads", "embed"), normal(self.cfg.init_std))
+        gate = jax.nn.sigmoid(precision.linear(x_BTD, w_gate, self.run, "mla/head_gate", tape))
+        return precision.linear(tape.probe("mla", "gated", heads * gate), w_out, self.run, "mla/out", tape), cache
+
+
+def latent_heads(module: nn.Module, a: MLA, x_BTD, layout: Layout, cache, tape):
+    """MLA up to its output projection, as part of a module: x [B, T, D] -> (heads [B, T, H * P], the layer's cache or None)."""
+    run, init = module.run, normal(module.cfg.init_std)
+    B, T, D = x_BTD.shape
+    q_width, kv_width = a.n_heads * a.qk_head_dim, a.n_heads * (a.qk_nope_head_dim + a.v_head_dim)
+
+    if a.q_lora_rank:
+        w_q_down = param(module, "q_down", (a.q_lora_rank, D), ("q_lora", "embed"), init)
+        q_norm = norm_param(module, "q_norm", a.q_lora_rank, "q_lora")
+        w_q_up = param(module, "q_up", (q_width, a.q_lora_rank), ("heads", "q_lora"), init)
+        c_q = rms_norm(precision.linear(x_BTD, w_q_down, run, "mla/q_down", tape), q_norm, LATENT_EPS)
+        q = precision.linear(tape.probe("mla", "c_q", c_q), w_q_up, run, "mla/q_up", tape)
+    else:
+        q = precision.linear(x_BTD, param(module, "q", (q_width, D), ("heads", "embed"), init), run, "mla/q", tape)
+    q_BTHK = q.reshape(B, T, a.n_heads, a.qk_head_dim)
+    q_nope, q_rope = q_BTHK[..., :a.qk_nope_head_dim], rotate(q_BTHK[..., a.qk_nope_head_dim:], layout.rotation)
+
+    w_kv_down = param(module, "kv_down", (a.kv_lora_rank + a.qk_rope_head_dim, D), ("kv_lora", "embed"), init)
+    kv_norm = norm_param(module, "kv_norm", a.kv_lora_rank, "kv_lora")
+    w_kv_up = param(module, "kv_up", (kv_width, a.kv_lora_rank), ("heads", "kv_lora"), init)
+    down = precision.linear(x_BTD, w_kv_down, run, "mla/kv_down", tape)
+    c = tape.probe("mla", "c_kv", rms_norm(down[..., :a.kv_lora_rank], kv_norm, LATENT_EPS))
+    k_rope = rotate(down[..., None, a.kv_lora_rank:], layout.rotation)[:, :, 0]
+    if cache is not None:
+        cache, held = append(cache, {"c": c, "k_rope": k_rope}, layout.write)
+        c, k_rope = held["c"].astype(x_BTD.dtype), held["k_rope"].astype(x_BTD.dtype)
+
+    scale = a.qk_head_dim ** -0.5 * module.cfg.rope.scaling.softmax_factor
+    if cache is not None and run.absorbed_max >= T:
+        out = _absorbed(q_nope, q_rope, c, k_rope, precision.raw(w_kv_up, x_BTD.dtype), layout.mask, scale, a)
+    else:
+        kv = precision.linear(c, w_kv_up, run, "mla/kv_up", tape).reshape(B, c.shape[1], a.n_heads, -1)
+        k_nope, v = kv[..., :a.qk_nope_head_dim], kv[..., a.qk_nope_head_dim:]
+        k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], a.qk_rope_head_dim))], axis=-1)
+        out = core(jnp.concatenate([q_nope, q_rope], axis=-1), k, v, layout, scale, run)
+    return tape.probe("mla", "core", out).reshape(B, T, a.n_heads * a.v_head_dim), cache
 
 
 class GroupedQueryAttention(nn.Module):
@@ -220,10 +268,7 @@ def core(q_BTHK, k_BSGK, v_BSGP, layout: Layout, scale: float, run):
     """softmax(q k^T scale) v in float32 at least -> [B, T, H, P]; k and v heads are repeated over the query heads of a group."""
     with jax.named_scope("mla/core"):
         if _use_cudnn(run.attention, layout, q_BTHK):
-            width = q_BTHK.shape[-1]  # cuDNN wants v as wide as q and k: pad and cut
-            v = jnp.pad(v_BSGP, ((0, 0), (0, 0), (0, 0), (0, width - v_BSGP.shape[-1])))
-            out = jax.nn.dot_product_attention(q_BTHK, k_BSGK, v, scale=scale, is_causal=True, implementation="cudnn")
-            return out[..., :v_BSGP.shape[-1]]
+            return _cudnn(q_BTHK, k_BSGK, v_BSGP, scale)
         repeats = q_BTHK.shape[2] // k_BSGK.shape[2]
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BTHK, k_BSGK, v_BSGP))
         if repeats > 1:
@@ -231,6 +276,13 @@ def core(q_BTHK, k_BSGK, v_BSGP, layout: Layout, scale: float, run):
         q = constrain(q, ("batch", "heads", "seq", "head"))
         weights = _softmax(jnp.einsum("BHTK,BHSK->BHTS", q, k), layout.mask, scale)
         return jnp.swapaxes(jnp.einsum("BHTS,BHSP->BHTP", weights, v), 1, 2)
+
+
+def _cudnn(q, k, v, scale: float):
+    """Causal attention by cuDNN, v narrower than q and k as MLA's is. `jax.nn.dot_product_attention` would want v padded to their width;
+    the function beneath it takes them as they are (jax is pinned, and a test on the GPU holds it)."""
+    return fused_attention_stablehlo.dot_product_attention(
+        q, k, v, scale=scale, mask_type=fused_attention_stablehlo.MaskType.CAUSAL, qkv_layout="BTNH")
 
 
 def _use_cudnn(kind: str, layout: Layout, q) -> bool:
@@ -259,4 +311,5 @@ KINDS = {
     "gqa": GroupedQuery,
     "mha": _multi_head,
     "mqa": _multi_query,
+    "gated": lambda config, path: Gated(freeze(MLA, config, path)),
 }

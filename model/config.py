@@ -138,7 +138,7 @@ def parse_run(config: Mapping) -> Execution:
     unroll = leaf(config, "scan_unroll", int, "run")
     require(unroll >= 1, "run.scan_unroll", unroll, "a positive integer")
     return Execution(
-        precision=precision.Precision(choice(config["precision"]["kind"], precision.KINDS, "run.precision.kind")),
+        precision=precision.parse(config["precision"], "run.precision"),
         remat=remat,
         remat_save=tuple(config["remat"]["names"]["save"]) if remat == "names" else (),
         attention=choice(config["attention"]["kind"], ATTENTION_IMPLEMENTATIONS, "run.attention.kind"),

@@ -6,10 +6,13 @@
 | dx = dy W | dy in 1x128 tiles | the transposed copy of W, its scales transposed |
 | dW = dy^T x | dy in 128x1 tiles | the cached x, re-quantised 128x1 |
 
+Under a mesh every data shard quantises and multiplies its own rows (XLA would give each device all of them: it cannot split a kernel);
+the columns of a dense weight are not split over `tensor`.
+
 The residual is the quantised input, named '<site>/input' so that remat can keep it. The input of the linear after attention is
 cached E5M6-valued with power-of-two scales and converted to E4M3 for each product. Recipes beside `fp8_block` are ablations:
-per-tensor scales (current), 128x128 blocks for gradients (App. B.2: diverged at 16B), no promotion (per-tensor scales, which alone
-allow it).
+per-tensor scales (current, or delayed: delayed_scaling.py), 128x128 blocks for gradients (App. B.2: diverged at 16B), no promotion
+(per-tensor scales, which alone allow it).
 """
 from __future__ import annotations
 
@@ -20,6 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from model import delayed_scaling
+from model.sharding import by_rows
 from pallas_kernels import fp8_matmul, grouped_fp8_matmul, quantize
 
 CACHED_WIDE = frozenset({"mla/out", "gqa/out"})
@@ -37,6 +42,7 @@ class Recipe:
 RECIPES = {
     "fp8_block": Recipe(),
     "fp8_tensor": Recipe(tensor=True),
+    "fp8_delayed": Recipe(tensor=True),  # by the history that the weight brings
     "fp8_block_grad": Recipe(gradient_blocks=True),
     "fp8_no_promotion": Recipe(tensor=True, promote=False),
 }
@@ -52,59 +58,61 @@ def quantize_weight(w, recipe: Recipe):
     return q, q.mT, jnp.broadcast_to(scale, (*w.shape[:-2], -(-n // 128), -(-k // 128)))
 
 
-def quantize_input(x, site: str, recipe: Recipe, gate_up=None):
+def quantize_input(x, site: str, recipe: Recipe, gate_up=None, past=None):
     """x [M, K] -> the cached operand (q, scale): E4M3 in 1x128 tiles, or E5M6 with power-of-two scales after attention.
 
-    gate_up [M, 2K]: what x is the SwiGLU of; activation and quantisation are then one kernel, and x itself is never written.
+    gate_up [M, 2K]: what x is the SwiGLU of; activation and quantisation are then one kernel, and x itself is never written. past f32
+    [2]: what a delayed scale goes by (input, gradient); its backward's part joins the operand: (q, scale, past of the gradient, max |x|).
     """
     x = jax.lax.stop_gradient(x)
     if recipe.tensor:
-        q, scale = _tensor(x)
-        cached = q, _spread(scale, (x.shape[0], -(-x.shape[1] // 128)))
+        past = (None, None) if past is None else jax.lax.stop_gradient(past)
+        q, scale, seen = _tensor(x, past[0])
+        cached = q, _spread(scale, (x.shape[0], -(-x.shape[1] // 128))), *(() if past[1] is None else (past[1], seen))
     elif gate_up is not None:
-        cached = quantize.swiglu_quantize(jax.lax.stop_gradient(gate_up))
+        cached = by_rows(quantize.swiglu_quantize, jax.lax.stop_gradient(gate_up))
     elif site in CACHED_WIDE:
-        cached = quantize.quantize_tiles(x, (1, 128), "e5m6", power_of_two=True)
+        cached = by_rows(lambda x: quantize.quantize_tiles(x, (1, 128), "e5m6", power_of_two=True), x)
     else:
-        cached = quantize.quantize_tiles(x)
+        cached = by_rows(quantize.quantize_tiles, x)
     return checkpoint_name(cached, f"{site}/input")
 
 
 def linear(x, cached, w, recipe: Recipe, stored=None):
     """x [M, K] with its cached operand, w = (master, low [N, K], scale, transposed) -> bf16 [M, N], or the stored value."""
-    return _dense(recipe, x, cached, w.master, (w.low, w.scale, w.transposed), stored)
+    return _dense(recipe, x, cached, w.master, (w.low, w.scale, w.transposed, w.past), stored)
 
 
 def grouped(x, cached, w, group_sizes, recipe: Recipe, stored=None):
     """Rows x [M, K] sorted by expert, every group a multiple of 128 rows; w's leaves lead with E -> bf16 [M, N]."""
-    return _grouped(recipe, x, cached, w.master, (w.low, w.scale, w.transposed), group_sizes, stored)
+    return _grouped(recipe, x, cached, w.master, (w.low, w.scale, w.transposed, w.past), group_sizes, stored)
 
 
 def weight_gradient(cached, dy, recipe: Recipe, group_sizes=None):
     """dW f32 [N, K] (experts [E, N, K]) from the cached input and dy [M, N]."""
-    return _weight_gradient(cached, _columns(dy, recipe), recipe, group_sizes)
+    return _weight_gradient(cached, _columns(dy, recipe, *cached[2:3]), recipe, group_sizes)
 
 
 def _forward_operand(cached, recipe: Recipe):
-    q, scale = cached
-    return cached if q.dtype == jnp.float8_e4m3fn else quantize.requantize_tiles(q, scale, (1, 128))
+    q, scale = cached[:2]
+    return (q, scale) if q.dtype == jnp.float8_e4m3fn else by_rows(lambda q, s: quantize.requantize_tiles(q, s, (1, 128)), q, scale)
 
 
-def _rows(dy, recipe: Recipe):
+def _rows(dy, recipe: Recipe, past=None):
     """dy for the input gradient."""
     if recipe.tensor:
-        q, scale = _tensor(dy)
+        q, scale, _ = _tensor(dy, past)
         return q, _spread(scale, (dy.shape[0], -(-dy.shape[1] // 128)))
     if recipe.gradient_blocks:
         q, scale = quantize.quantize_tiles(dy, (128, 128))
         return q, jnp.repeat(scale, 128, axis=0)[:dy.shape[0]]
-    return quantize.quantize_tiles(dy)
+    return by_rows(quantize.quantize_tiles, dy)
 
 
-def _columns(dy, recipe: Recipe):
+def _columns(dy, recipe: Recipe, past=None):
     """dy for the weight gradient."""
     if recipe.tensor:
-        q, scale = _tensor(dy)
+        q, scale, _ = _tensor(dy, past)
         return q, _spread(scale, (-(-dy.shape[0] // 128), dy.shape[1]))
     if recipe.gradient_blocks:
         q, scale = quantize.quantize_tiles(dy, (128, 128))
@@ -112,34 +120,38 @@ def _columns(dy, recipe: Recipe):
     return quantize.quantize_tiles(dy, (128, 1))
 
 
-def _both(dy, recipe: Recipe):
+def _both(dy, recipe: Recipe, past=None):
     """(rows, columns) of dy, in one read where the recipe is V3's."""
     if recipe.tensor or recipe.gradient_blocks:
-        return _rows(dy, recipe), _columns(dy, recipe)
-    return quantize.quantize_both(dy)
+        return _rows(dy, recipe, past), _columns(dy, recipe, past)
+    return by_rows(quantize.quantize_both, dy, tile=128)
 
 
 def _weight_gradient(cached, columns, recipe: Recipe, group_sizes):
-    q, scale = cached
-    if recipe.tensor:
-        x = q, _spread(scale[0, 0], (-(-q.shape[0] // 128), q.shape[1]))
-    else:
-        x = quantize.requantize_tiles(q, scale, (128, 1))
-    if group_sizes is None:
-        return fp8_matmul.weight_gradient(*columns, *x)
-    return grouped_fp8_matmul.weight_gradient(*columns, *x, group_sizes)
+    def product(q, scale, *columns):
+        if recipe.tensor:
+            x = q, _spread(scale[0, 0], (-(-q.shape[0] // 128), q.shape[1]))
+        else:
+            x = quantize.requantize_tiles(q, scale, (128, 1))
+        if group_sizes is None:
+            return fp8_matmul.weight_gradient(*columns, *x)
+        return grouped_fp8_matmul.weight_gradient(*columns, *x, group_sizes)
+
+    if group_sizes is not None:  # rows of experts are one shard's own already
+        return product(*cached[:2], *columns)
+    return by_rows(product, *cached[:2], *columns, tile=128, summed=True)
 
 
 def _matmul(a, a_scale, b, b_scale, recipe: Recipe):
     promotion = 128 if recipe.promote else -(-a.shape[1] // 128) * 128
-    return fp8_matmul.matmul(a, a_scale, b, b_scale, promotion=promotion)
+    return by_rows(functools.partial(fp8_matmul.matmul, promotion=promotion), a, a_scale, whole=(b, b_scale))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dense(recipe, x, cached, master, low, stored):
     if stored is not None:
         return stored
-    q, scale, _ = low
+    q, scale, *_ = low
     return _matmul(*_forward_operand(cached, recipe), q, scale, recipe).astype(x.dtype)
 
 
@@ -148,11 +160,11 @@ def _dense_forward(recipe, x, cached, master, low, stored):
 
 
 def _dense_backward(recipe, residuals, dy):
-    cached, master, (q, scale, transposed), replayed, like = residuals
-    rows, columns = _both(dy, recipe)
+    cached, master, (_, scale, transposed, _), replayed, like = residuals
+    rows, columns = _both(dy, recipe, *cached[2:3])
     dx = _matmul(*rows, transposed, scale.mT, recipe).astype(like.dtype)
     dw = _weight_gradient(cached, columns, recipe, None).reshape(master.shape).astype(master.dtype)
-    return dx, None, dw, None, jnp.zeros_like(dy) if replayed else None
+    return dx, None, dw, _seen(cached, dy), jnp.zeros_like(dy) if replayed else None
 
 
 _dense.defvjp(_dense_forward, _dense_backward)
@@ -162,7 +174,7 @@ _dense.defvjp(_dense_forward, _dense_backward)
 def _grouped(recipe, x, cached, master, low, group_sizes, stored):
     if stored is not None:
         return stored
-    q, scale, _ = low
+    q, scale, *_ = low
     return grouped_fp8_matmul.grouped_matmul(*_forward_operand(cached, recipe), q, scale, group_sizes).astype(x.dtype)
 
 
@@ -172,19 +184,27 @@ def _grouped_forward(recipe, x, cached, master, low, group_sizes, stored):
 
 
 def _grouped_backward(recipe, residuals, dy):
-    cached, master, (q, scale, transposed), group_sizes, replayed, like = residuals
-    rows, columns = _both(dy, recipe)
+    cached, master, (_, scale, transposed, _), group_sizes, replayed, like = residuals
+    rows, columns = _both(dy, recipe, *cached[2:3])
     dx = grouped_fp8_matmul.grouped_matmul(*rows, transposed, scale.mT, group_sizes).astype(like.dtype)
     dw = _weight_gradient(cached, columns, recipe, group_sizes).reshape(master.shape).astype(master.dtype)
-    return dx, None, dw, None, None, jnp.zeros_like(dy) if replayed else None
+    return dx, None, dw, _seen(cached, dy), None, jnp.zeros_like(dy) if replayed else None
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
-def _tensor(x):
-    scale = jnp.max(jnp.abs(x.astype(jnp.float32))) / 448 + 1e-30
-    return _to_e4m3(x.astype(jnp.float32) / scale), scale
+def _seen(cached, dy):
+    """The cotangent of a weight's operands: nothing, but for the past of a delayed scale what this call saw (delayed_scaling.py)."""
+    return (None, None, None, jnp.stack([cached[3], jnp.max(jnp.abs(dy.astype(jnp.float32)))])) if len(cached) > 2 else None
+
+
+def _tensor(x, past=None):
+    """(q, scale, max |x|): one scale, by its own largest value or by that of its past."""
+    x = x.astype(jnp.float32)
+    seen = jnp.max(jnp.abs(x))
+    scale = delayed_scaling.largest(seen, past) / 448 + 1e-30
+    return _to_e4m3(x / scale), scale, seen
 
 
 def _to_e4m3(x):

@@ -10,34 +10,39 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from model import block_matmul, fp8_linear
+from model import block_matmul, delayed_scaling, fp8_linear
 from model import tape as tapes
 from model.dtypes import at_least_f32
-from model.errors import UserError
+from model.errors import UserError, choice, freeze, require
 from pallas_kernels import grouped_matmul
 from pallas_kernels.target import is_hopper
 
 
 class Weight(NamedTuple):
     """A matmul weight: FP32 master (None: stored FP8, cannot train), its copy in low precision, block scales (None: unscaled), and
-    the copy's transpose, which an FP8 input gradient reads. A pair [2, N, K] is one [2N, K] in a copy made for training."""
+    the copy's transpose, which an FP8 input gradient reads. A pair [2, N, K] is one [2N, K] in a copy made for training. past f32 [2]:
+    what a delayed scale goes by (delayed_scaling.py), in a loss's weights only."""
 
     master: Any
     low: Any
     scale: Any
     transposed: Any = None
+    past: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """A kind of KINDS."""
+    """A kind of KINDS; delayed: how fp8_delayed keeps its history."""
 
     kind: str = "as_stored"
+    delayed: delayed_scaling.Delayed | None = None
 
     @property
     def dtype(self):
@@ -53,10 +58,18 @@ class Precision:
 # kind -> dtype of activations. as_stored leaves every array as it is.
 KINDS = {"as_stored": None, "bf16": jnp.bfloat16, "fp32": jnp.float32} | {kind: jnp.bfloat16 for kind in fp8_linear.RECIPES}
 
+OPTIONS = {"fp8_delayed": delayed_scaling.Delayed}  # kinds with leaves of their own
+
 # The names of matmul weights in params: what `prepare` replaces. Embedding, head and gate stay as stored (V3 §3.3.1).
 MATMULS = frozenset({
     "q", "q_down", "q_up", "kv_down", "kv_up", "k", "v", "out", "gate_up", "down", "shared_gate_up", "shared_down",
                      "proj"})
+
+
+def parse(config: Mapping, path: str) -> Precision:
+    """Freezes config.run.precision."""
+    kind = choice(config["kind"], KINDS, f"{path}.kind")
+    return Precision(kind, freeze(OPTIONS[kind], config[kind], f"{path}.{kind}") if kind in OPTIONS else None)
 
 
 def is_weight(leaf: Any) -> bool:
@@ -84,12 +97,29 @@ def prepare(params: Any, run) -> Any:
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_weight)
 
 
-def with_masters(prepared: Any, params: Any) -> Any:
-    """prepared with its masters (and plain leaves) taken from params: what a loss differentiates, the copies being constants."""
+def with_masters(prepared: Any, params: Any, past: Any = None) -> Any:
+    """prepared with its masters (and plain leaves) taken from params: what a loss differentiates, the copies being constants. past f32
+    [S, 2] is dealt to the FP8 weights, a row a layer; its gradient is what they saw (delayed_scaling.py)."""
+    row = itertools.count()
+
     def one(old, new):
-        return old._replace(master=new, low=jax.lax.stop_gradient(old.low)) if is_weight(old) else new
+        if not is_weight(old):
+            return new
+        weight = old._replace(master=new, low=jax.lax.stop_gradient(old.low))
+        rows = [next(row) for _ in range(len(new))] if past is not None and old.transposed is not None else []
+        return weight._replace(past=past[rows[0]:rows[-1] + 1]) if rows else weight
 
     return jax.tree.map(one, prepared, params, is_leaf=is_weight)
+
+
+def init_history(params: Any, run) -> Any:
+    """The history f32 [S, 2, H] of a kind with delayed scales, S layers of FP8 weights; None for any other."""
+    if run.precision.delayed is None:
+        return None
+    mesh = jax.sharding.get_abstract_mesh()  # the experts' shard_map would add what its shards saw
+    require(mesh.empty or mesh.size == 1, "run.precision.kind", f"{run.precision.kind} on {mesh.size} devices", "one device for this kind")
+    prepared = jax.tree.leaves(jax.eval_shape(lambda params: prepare(params, run), params), is_leaf=is_weight)
+    return delayed_scaling.init(sum(len(w.master) for w in prepared if is_weight(w) and w.transposed is not None), run.precision.delayed)
 
 
 def raw(w, dtype):
@@ -127,7 +157,7 @@ def linear(x, w, run, site: str, tape: tapes.LayerTape | None = None, *, gate_up
     with jax.named_scope(site):
         if _is_fp8(w, run):
             gate_up = None if gate_up is None else gate_up.reshape(-1, gate_up.shape[-1])
-            cached = fp8_linear.quantize_input(flat, site, run.precision.recipe, gate_up)
+            cached = fp8_linear.quantize_input(flat, site, run.precision.recipe, gate_up, w.past)
             y = tapes.write(tape, site, cached, lambda stored: fp8_linear.linear(flat, cached, w, run.precision.recipe, stored))
         else:
             merged = _merge(w, 0, x.dtype)
@@ -145,7 +175,7 @@ def grouped_linear(rows, group_sizes, w, run, site: str, tape: tapes.LayerTape |
     with jax.named_scope(site):
         if _is_fp8(w, run):
             recipe = run.precision.recipe
-            cached = fp8_linear.quantize_input(rows, site, recipe, gate_up) if quantized is None else quantized
+            cached = fp8_linear.quantize_input(rows, site, recipe, gate_up, w.past) if quantized is None else quantized
             return tapes.write(tape, site, cached, lambda stored: fp8_linear.grouped(rows, cached, w, group_sizes, recipe, stored),
                                group_sizes)
         static = (choose_experts(run.experts, rows.dtype), align)

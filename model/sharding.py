@@ -9,16 +9,21 @@ constrain, `shard_map` is used only where bytes are placed by hand (expert_paral
 | node, expert | the batch, and the experts | EP 64 over 8 nodes |
 | fsdp | the batch, parameters and moments | ZeRO-1 DP |
 | tensor | heads, ffn, vocab | none (V3 avoids TP) |
+
+How parameters lie between steps (their gradients and moments with them) and within one is a kind of LAYOUTS: `fsdp` splits both by
+the table and gathers a layer's weights where they are used; `zero1` (V3's DP) splits them at rest over every data axis and gathers
+the copies that compute once a step.
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from flax.core import meta
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -68,6 +73,7 @@ def make_mesh(config: Mapping, devices=None) -> Mesh:
     elif fixed > len(devices) or len(devices) % fixed:
         raise UserError(f"mesh: found {sizes} = {fixed} devices, allowed: {_nearest(sizes, len(devices))}")
     shape = tuple(sizes[axis] for axis in MESH_AXES)
+    require(jax.process_count() == 1 or math.prod(shape) == len(devices), "mesh", sizes, f"all {len(devices)} devices of the processes")
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices[:math.prod(shape)])
 
 
@@ -91,34 +97,82 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     return PartitionSpec(*parts)
 
 
-def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of one array: as RULES say, replicated along a dimension that does not divide."""
+def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], whole: tuple[str, ...] = ()) -> NamedSharding:
+    """The sharding of one array: as RULES say, replicated along a dimension that does not divide and along the logical axes `whole`."""
     parts = []
-    for size, part in zip(shape, spec(axes), strict=True):
+    for size, part in zip(shape, spec(tuple(None if axis in whole else axis for axis in axes)), strict=True):
         names = () if part is None else (part,) if isinstance(part, str) else part
         n = math.prod(mesh.shape[name] for name in names)
         parts.append(part if n > 1 and size % n == 0 else None)
     return NamedSharding(mesh, PartitionSpec(*parts))
 
 
-def constrain(x, axes: tuple[str | None, ...]):
+def gathered(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of weights in use under ZeRO-1: experts and tensor parts stay apart, nothing else is split."""
+    return sharding(mesh, axes, shape, whole=("embed",))
+
+
+def over_data(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of masters and moments under ZeRO-1: `gathered`, and the largest dimension that divides split over the data axes
+    that split none yet; over fewer of them where none divides."""
+    parts = list(gathered(mesh, axes, shape).spec)
+    used = {name for part in parts if part for name in ((part,) if isinstance(part, str) else part)}
+    free = tuple(axis for axis in DATA_AXES if axis not in used and mesh.shape[axis] > 1)
+    for names in (free[i:] for i in range(len(free))):
+        n = math.prod(mesh.shape[name] for name in names)
+        fits = [i for i, size in enumerate(shape) if parts[i] is None and size % n == 0]
+        if fits:
+            parts[max(fits, key=lambda i: shape[i])] = names
+            break
+    return NamedSharding(mesh, PartitionSpec(*parts))
+
+
+class Layout(NamedTuple):
+    """at_rest and in_use: (mesh, logical axes, shape) -> sharding of a parameter; in_use None: as XLA makes of it."""
+
+    at_rest: Callable
+    in_use: Callable | None
+
+
+LAYOUTS = {"fsdp": Layout(sharding, None), "zero1": Layout(over_data, gathered)}
+
+
+def rows_here(mesh: Mesh, n: int) -> np.ndarray:
+    """Which rows of a batch of n lie on this process's devices, in order: all of them where there is one process."""
+    shards = math.prod(mesh.shape[axis] for axis in DATA_AXES)
+    require(n % shards == 0, "mesh", f"{shards} data shards (node x expert x fsdp)", f"a divisor of the {n} rows of a micro-batch")
+    places = NamedSharding(mesh, spec(("batch",))).addressable_devices_indices_map((n,)).values()
+    return np.unique(np.concatenate([np.arange(n)[index] for index in places]))
+
+
+def constrain(x, axes: tuple[str | None, ...], place: Callable = sharding):
     """x with the layout of its logical axes, under the mesh of the context; x itself where there is none."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or math.prod(mesh.shape.values()) == 1 or set(mesh.axis_names) != set(MESH_AXES):
         return x
     if mesh.manual_axes:
         return x  # inside shard_map the layout is ours
-    return jax.lax.with_sharding_constraint(x, sharding(mesh, axes, x.shape).spec)
+    return jax.lax.with_sharding_constraint(x, place(mesh, axes, x.shape).spec)
 
 
-def by_rows(function, *arrays):
-    """function(*arrays), whose arrays and results share their leading axis (rows, or sequences), run by each data shard on its own:
-    XLA would gather the operands of a sort or a top-k over the whole mesh."""
+def by_rows(function, *arrays, whole=(), tile: int = 1, summed: bool = False):
+    """function(*arrays, *whole), whose arrays and results share their leading axis (rows, or sequences), run by each data shard on its own:
+    XLA would gather the operands of a sort, a top-k or a custom kernel over the whole mesh.
+
+    whole: arrays that every shard sees whole. tile: rows that belong together. summed: results are sums over rows, then over shards.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     n = 1 if mesh.empty or mesh.manual_axes else math.prod(mesh.shape[axis] for axis in DATA_AXES)
-    if n == 1 or arrays[0].shape[0] % n:
-        return function(*arrays)
-    return jax.shard_map(function, in_specs=PartitionSpec(DATA_AXES), out_specs=PartitionSpec(DATA_AXES))(*arrays)
+    if n == 1 or arrays[0].shape[0] % (n * tile):
+        return function(*arrays, *whole)
+
+    def local(*operands):
+        out = function(*operands)
+        return jax.lax.psum(out, DATA_AXES) if summed else out
+
+    rows, copied = PartitionSpec(DATA_AXES), PartitionSpec()
+    return jax.shard_map(local, in_specs=(rows,) * len(arrays) + (copied,) * len(whole), out_specs=copied if summed else rows)(
+        *arrays, *whole)
 
 
 def param(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init):

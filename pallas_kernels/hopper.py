@@ -48,8 +48,11 @@ def launch(body, operands, out_shape, scratch, *, name, grid, cluster, warpgroup
                 **(dict(cluster=(cluster,), cluster_names=("cluster",)) if cluster > 1 else {}))
     parameters = plgpu.CompilerParams(unsafe_no_auto_barriers=True)
     if accumulate is None:
-        return plgpu.kernel(body, out_type=out_shape, scratch_types=scratch, compiler_params=parameters,
-                            interpret=plgpu.InterpretGPUParams() if interpret else None, **mesh)(*operands)
+        out = plgpu.kernel(body, out_type=out_shape, scratch_types=scratch, compiler_params=parameters,
+                           interpret=plgpu.InterpretGPUParams() if interpret else None, **mesh)(*operands)
+        # Pallas forgets along which axes of a shard_map its operands vary: a custom VJP around it compares them
+        axes = {axis for x in operands for axis in jax.typeof(x).manual_axis_type.varying}
+        return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying)), to="varying"), out)
 
     def scoped(*refs):
         pl.run_scoped(lambda *scratch: body(*refs, *scratch), *scratch, collective_axes="wg")

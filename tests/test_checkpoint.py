@@ -2,6 +2,7 @@
 import gc
 import json
 import os
+import pathlib
 import re
 import shutil
 
@@ -47,6 +48,13 @@ def assert_bitwise(a, b):
 
 def spec(path, include=".*", exclude="", rename=(), ema=False):
     return InitFrom(str(path), include, exclude, rename, ema)
+
+
+def test_a_folder_may_be_named_from_where_one_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = make_state(tiny())
+    checkpoint.save(pathlib.Path("runs") / "checkpoints", state, tiny_config().to_dict(), {})
+    assert_bitwise(checkpoint.restore(pathlib.Path("runs/checkpoints/final"), state)[0], state)
 
 
 @pytest.mark.parametrize("name, edits, model", [

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny_model import init, tiny
 
-from model import expert_parallel, ffn, fp8_linear, precision
+from model import expert_parallel, ffn, fp8_linear, precision, sharding
 from model.config import Execution
 from model.tape import LayerTape, Tape
 from pallas_kernels import quantize
@@ -162,3 +162,21 @@ def test_swiglu_quantised_in_one_kernel_is_its_parts_and_keeps_its_gradient(rng)
     for fused, parts in zip(of(True), of(False), strict=True):
         assert error(fused, np.asarray(parts, np.float64)) < 0.05
     np.testing.assert_array_equal(of(True)[1], of(False)[1])
+
+
+def test_every_data_shard_multiplies_its_own_rows(rng):
+    """On a mesh the results are one device's, and the activations stay where they are: only weight gradients are summed."""
+    run, mesh = run_of("fp8_block"), sharding.make_mesh(dict(pipe=1, node=1, expert=2, fsdp=2, tensor=1))
+    x, dy = (jnp.array(rng.normal(size=(512, n)), jnp.bfloat16) for n in (K, N))
+    prepared = precision.prepare({"q": jnp.array(rng.normal(size=(N, K)), jnp.float32)}, run)["q"]
+    step = jax.jit(lambda x, w, dy: backward(x, w, dy, run, "mla/out"))
+    y, dx, dw = step(x, prepared, dy)
+    with jax.set_mesh(mesh):
+        rows = jax.NamedSharding(mesh, sharding.spec(("rows",)))
+        split = jax.device_put(x, rows), prepared, jax.device_put(dy, rows)
+        got = step(*split)
+        text = step.lower(*split).compile().as_text()
+    np.testing.assert_array_equal(got[0], y)
+    np.testing.assert_array_equal(got[1], dx)
+    np.testing.assert_allclose(got[2], dw, atol=1e-4)
+    assert "all-gather" not in text and text.count(" all-reduce(") == 1 and f"bf16[512,{N}]" not in text

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
@@ -23,6 +24,7 @@ from model import config as model_config
 from model import precision
 from model.config import ModelConfig
 from model.errors import UserError
+from train import cluster
 from train.optimizer import path_name
 from train.state import TrainState
 
@@ -35,8 +37,8 @@ def save(directory: pathlib.Path, state: TrainState, model: dict[str, Any], extr
     The step appears under its name only when it is whole.
     """
     step = int(state.step)
-    path = directory / str(step)
-    items = {k: v for k, v in state._asdict().items() if v is not None}
+    path = directory.absolute() / str(step)  # orbax takes no other
+    items = jax.tree.map(_of_all, {k: v for k, v in state._asdict().items() if v is not None})
     ocp.save_checkpointables(path, items, overwrite=True, custom_metadata=dict(model=jsonable(model), extra=extra, format=1))
     if jax.process_index() == 0:
         _link(directory / "final", str(step))
@@ -44,6 +46,7 @@ def save(directory: pathlib.Path, state: TrainState, model: dict[str, Any], extr
             gone = directory / f"{old}.{_UNFINISHED}"  # a half-removed step must not look like a finished one
             os.replace(directory / str(old), gone)
             shutil.rmtree(gone, ignore_errors=True)
+    cluster.barrier("saved")
     return path
 
 
@@ -55,7 +58,7 @@ def save_params(directory: pathlib.Path, step: int, model: dict[str, Any], param
 def restore(path: pathlib.Path, like: TrainState, shardings: TrainState | None = None) -> tuple[TrainState, dict[str, Any]]:
     """(state, extra) of a step directory; `like` gives shapes and dtypes (a state or its eval_shape), shardings where leaves live."""
     def abstract(leaf, place=None):
-        place = place or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        place = place or _whole()
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
     items = {}
@@ -64,7 +67,7 @@ def restore(path: pathlib.Path, like: TrainState, shardings: TrainState | None =
             places = [] if shardings is None else [getattr(shardings, name)]
             items[name] = jax.tree.map(abstract, tree, *places)
     with _readable(path, "workdir"):
-        loaded = ocp.load_checkpointables(path, items)
+        loaded = ocp.load_checkpointables(path.absolute(), items)
         return TrainState(**({k: None for k in TrainState._fields} | loaded)), metadata(path)["extra"]
 
 
@@ -81,7 +84,7 @@ def load_params(path: str | pathlib.Path, *, ema: bool = False, leaf: str = "ini
             raise UserError(f"{leaf}: {step} has no {name}, allowed: one of {', '.join(sorted(found.metadata))}")
         cfg = model_config.parse(ConfigDict(found.custom_metadata["model"]))
         wanted = {k: _as_abstract(found.metadata[k]) for k in (name, "router_bias") if k in found.metadata}
-        loaded = ocp.load_checkpointables(step, wanted)
+        loaded = ocp.load_checkpointables(step.absolute(), wanted)
         return cfg, loaded[name], loaded.get("router_bias")
 
 
@@ -145,6 +148,7 @@ def warm_start(spec, params, router_bias, cfg: ModelConfig):
     if not taken:
         raise UserError(f"init_from.include: found {spec.include!r}, allowed: a pattern that matches a parameter's name")
     if router_bias is not None and source_bias is not None and source_bias.shape[1:] == router_bias.shape[1:]:
+        source_bias = jax.device_get(source_bias)
         # a model without MTP takes the main layers' rows; rows that the source lacks stay 0
         n = min(len(source_bias), len(router_bias))
         router_bias = router_bias.at[:n].set(source_bias[:n])
@@ -179,8 +183,22 @@ def _as_abstract(tree):
         return precision.Weight(**{k: _as_abstract(v) for k, v in tree.items()})
     if isinstance(tree, dict):
         return {k: _as_abstract(v) for k, v in tree.items()}
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return None if tree is None else jax.ShapeDtypeStruct(tree.shape, tree.dtype, sharding=place)
+    return None if tree is None else jax.ShapeDtypeStruct(tree.shape, tree.dtype, sharding=_whole())
+
+
+def _whole() -> jax.sharding.Sharding:
+    """Where an array without a layout goes: the first device, or a copy on every device of several processes."""
+    if cluster.several():
+        return jax.NamedSharding(jax.sharding.Mesh(jax.devices(), "all"), jax.P())
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def _of_all(x):
+    """x as an array of every process, where it is one that each holds alike for itself."""
+    if cluster.several() and getattr(x, "is_fully_addressable", True):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, _whole(), lambda index: x[index])
+    return x
 
 
 def _link(link: pathlib.Path, target: str) -> None:

@@ -71,9 +71,11 @@ def export_hf(config, workdir: str) -> None:
     settings = freeze(Export, config.export_hf, "export_hf")
     source = config.init_from.path or workdir
     cfg, params, router_bias = checkpoint.load_params(source, ema=config.init_from.ema)
-    with _bar(f"writing {settings.dir}") as progress:
-        hf.save(settings.dir, cfg, params, router_bias, QUANTIZE[settings.quantize], dtype=settings.dtype, progress=progress)
-    print(f"exported {source} to {settings.dir}")
+    router_bias = jax.device_get(router_bias)
+    if jax.process_index() == 0:  # which holds a copy of everything
+        with _bar(f"writing {settings.dir}") as progress:
+            hf.save(settings.dir, cfg, params, router_bias, QUANTIZE[settings.quantize], dtype=settings.dtype, progress=progress)
+        print(f"exported {source} to {settings.dir}")
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ from data import tokenizer as tokenizers
 from model import config as model_config
 from model.errors import UserError, freeze, named_input, require
 from train import checkpoint
-from train.evaluate import bigram_bits_per_byte, bits_per_byte, clip_bytes, make_logp
-from train.metrics import table, write_atomically
+from train.evaluate import bigram_bits_per_byte, by_domain, clip_bytes, make_logp
+from train.metrics import plain, table, write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +51,8 @@ def evaluate(config, workdir: str) -> None:
         require(tokenizer.vocab_size <= cfg.vocab_size, "tokenizer", f"{tokenizer.vocab_size} ids",
                 f"at most the {cfg.vocab_size} of {path}")
         logp = logps.setdefault(cfg, make_logp(cfg, run))
-        scores = {d: bits_per_byte(logp, params, router_bias, docs, tokenizer, batch_size=e.batch_size, seq_len=e.seq_len)
-                  for d, docs in domains.items()}
-        lines.append(dict(path=str(path), step=int(path.name), ema=e.ema, bits_per_byte=scores, bigram=bigram))
+        found = by_domain(logp, params, router_bias, domains, tokenizer, batch_size=e.batch_size, seq_len=e.seq_len)
+        lines.append(plain(dict(path=str(path), step=int(path.name), ema=e.ema, bigram=bigram) | found))
     if jax.process_index() == 0:
         try:
             pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)

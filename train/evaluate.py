@@ -2,41 +2,60 @@
 
 Bits per byte = total negative log-likelihood in nats / (ln 2 * UTF-8 bytes), every token of a document predicted once: long
 documents are cut into windows and each document starts after <bos>. A byte bigram fitted on the training split is the floor to beat.
+The same pass counts which experts these tokens went to: the load of a domain (V3 Fig. 9).
 """
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from model import transformer
+from train import cluster
 from train.step import token_logp
 
 
 def make_logp(cfg, run) -> Callable:
-    """Jitted (params, router_bias, tokens i32 [B, T]) -> log p of each token f32 [B, T], 0 at t = 0."""
+    """Jitted (params, router_bias, tokens i32 [B, T], weight [B, T]) -> (log p of each token f32 [B, T], 0 at t = 0; load [n_moe, E]: of
+    the tokens with weight, those each expert of the main MoE layers was chosen for, None without experts)."""
     @jax.jit
-    def logp(params, router_bias, tokens):
+    def logp(params, router_bias, tokens, weight):
         output, _ = transformer.apply(params, tokens, cfg, run=run, router_bias=router_bias)
-        return token_logp(output.logits, tokens)
+        load = None
+        if output.experts is not None:
+            layers = jnp.arange(output.experts.shape[0])[:, None, None, None]
+            load = jnp.zeros((len(layers), cfg.moe.n_routed_experts), weight.dtype)
+            load = load.at[layers, output.experts].add(weight[None, :, :, None])
+        return token_logp(output.logits, tokens), load
 
     return logp
 
 
-def bits_per_byte(logp: Callable, params, router_bias, documents: Sequence[str], tokenizer, *, batch_size: int, seq_len: int) -> float:
-    """Bits per byte of documents: nats of all tokens but <bos>, over ln 2 times their bytes."""
+def by_domain(logp: Callable, params, router_bias, domains: Mapping[str, Sequence[str]], tokenizer, **sizes: int) -> dict[str, dict]:
+    """dict(bits_per_byte={domain: number}, domain_load={domain: load}), without the latter where a model has no experts."""
+    found = {d: score(logp, params, router_bias, documents, tokenizer, **sizes) for d, documents in domains.items()}
+    loads = {d: load for d, (_, load) in found.items() if load is not None}
+    return dict(bits_per_byte={d: bits for d, (bits, _) in found.items()}) | (dict(domain_load=loads) if loads else {})
+
+
+def score(logp: Callable, params, router_bias, documents: Sequence[str], tokenizer, *, batch_size: int, seq_len: int
+          ) -> tuple[float, np.ndarray | None]:
+    """(bits per byte of documents: nats of all tokens but <bos> over ln 2 times their bytes; load [n_moe, E] of the same tokens)."""
     rows, weights = windows([tokenizer.encode(d) for d in documents], tokenizer.bos, seq_len)
-    n_bytes, nats = sum(map(len, map(utf8, documents))), 0.0
+    n_bytes, nats, load = sum(map(len, map(utf8, documents))), 0.0, None
     for start in range(0, len(rows), batch_size):
         tokens, weight = rows[start:start + batch_size], weights[start:start + batch_size]
         short = batch_size - len(tokens)
         tokens, weight = np.pad(tokens, ((0, short), (0, 0))), np.pad(weight, ((0, short), (0, 0)))
-        nats -= float((np.asarray(logp(params, router_bias, tokens), np.float64) * weight).sum())
-    return nats / (math.log(2) * max(n_bytes, 1))
+        found, part = cluster.fetch(logp(params, router_bias, tokens, weight))
+        nats -= float((found.astype(np.float64) * weight).sum())
+        load = part if load is None else load + part
+    return nats / (math.log(2) * max(n_bytes, 1)), load
 
 
 def windows(documents: Sequence[Sequence[int]], bos: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
@@ -61,13 +80,16 @@ def utf8(text: str) -> bytes:
 
 
 def clip_bytes(documents: Sequence[str], max_bytes: int) -> list[str]:
-    """The first documents that together hold max_bytes bytes, the last one cut."""
+    """The first documents that together hold at most max_bytes bytes; the last one is cut between two words (a tokenizer of symbols
+    knows no half ones), a first one without a space between two characters."""
     kept, left = [], max_bytes
     for document in documents:
-        if left <= 0:
-            break
-        kept.append(utf8(document)[:left].decode(errors="ignore"))
-        left -= len(utf8(kept[-1]))
+        part = utf8(document)[:left].decode(errors="ignore")
+        if len(part) < len(document):
+            words = part if document[len(part)].isspace() else part[:len(part) - len(part.split(" ")[-1])]
+            return kept + [p for p in [words.rstrip() or part * (not kept)] if p]
+        kept.append(part)
+        left -= len(utf8(part))
     return kept
 
 

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from model import sharding
 from model.config import Execution, ModelConfig
 from model.errors import UserError, freeze, leaf, pattern, require
-from train import checkpoint
+from train import checkpoint, cluster
 from train import state as states
 from train.metrics import Logger, Progress
 from train.optimizer import Optimizer
@@ -117,6 +117,7 @@ def setup(config, workdir: pathlib.Path, name: str, stage: str | None = None) ->
         checkpoint.find(s.init_from.path)
     if jax.process_index() == 0:
         checkpoint.clean(s.checkpoints)
+    cluster.barrier("clean")
     done = checkpoint.steps(s.checkpoints)
     s.logger.cut_back(done[-1] if done else -1)
     return dataclasses.replace(s, done=done[-1] if done else None)
@@ -138,9 +139,9 @@ def parse_optimizer(text: str) -> Optimizer:
 @functools.lru_cache(32)
 def programs(cfg: ModelConfig, run: Execution, optimizer: Optimizer, loss: Callable, mesh) -> Programs:
     """The programs of a stage, made once in a process for equal arguments: the stages of a recipe share them."""
-    create = lambda key: states.create(key, cfg, optimizer)  # noqa: E731
-    layout = states.shardings(mesh, cfg, jax.eval_shape(create, jax.random.key(0)))
-    again = lambda params, bias: states.from_params(params, bias, optimizer)  # noqa: E731
+    create = lambda key: states.create(key, cfg, optimizer, run)  # noqa: E731
+    layout = states.shardings(mesh, cfg, jax.eval_shape(create, jax.random.key(0)), optimizer.layout)
+    again = lambda params, bias: states.from_params(params, bias, optimizer, run)  # noqa: E731
     return Programs(layout, compile_step(make_train_step(cfg, run, optimizer, loss), mesh, layout),
                     jax.jit(create, out_shardings=layout), jax.jit(again, out_shardings=layout))
 
@@ -216,11 +217,12 @@ def fit(s: Setup, iterator, steps: int, knobs: Callable[[int], dict[str, float]]
                     if (every and (i + 1) % every == 0) or i + 1 == steps:
                         hook(state, progress)
                         last = time.monotonic()
-                stopping = signals or (time.monotonic() - began > s.stop_after_s and i + 1 < steps)
+                timed_out = time.monotonic() - began > s.stop_after_s and i + 1 < steps
+                stopping = cluster.agree(2 if signals else 1 if timed_out else 0)
                 if i + 1 == steps or stopping or (s.saving.every and (i + 1) % s.saving.every == 0):
                     checkpoint.save(s.checkpoints, state, s.model, {"data": iterator.get_state()}, s.saving.keep)
                     n_saved, last = i + 1, time.monotonic()
-                if signals:
+                if stopping == 2:
                     raise KeyboardInterrupt
                 if stopping:
                     progress.note(f"{s.name}: stopped after {s.stop_after_s:.0f} s at step {i + 1}; the same command goes on")

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from model.errors import UserError, choice
+from train import cluster
 
 # subtrees that may change between the parts of a run: how long it lasts, and what looks at it afterwards
 NOT_THE_RUN = ("resume", "stop_after_s", "checkpoint", "report", "eval", "sample")
@@ -108,6 +109,9 @@ def prepare_workdir(workdir: str, config) -> pathlib.Path:
         if changed and not allowed:
             raise UserError(f"resume: {workdir} holds a run of another config ({', '.join(k for k, _, _ in changed[:5])}), allowed: "
                             "the same config, another --workdir, or --config.resume=allow_diff")
+        cluster.barrier("config")  # everyone has read the old one
+        if jax.process_index():
+            return path
         write_atomically(path / "config.json", json.dumps(new, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"workdir: found {workdir!r} ({error.strerror}), allowed: a folder that can be written") from None

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from model.errors import choice, freeze, freeze_kind, leaf, pattern, require, sequence
+from model.sharding import LAYOUTS, Layout
 
 FIELDS = ("decay", "lr", "freeze")
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "parameter": None}
@@ -125,12 +126,14 @@ class Ema:
 
 
 class Optimizer(NamedTuple):
-    """init(params) -> opt_state; update(grads, opt_state, params, lr, clip) -> (params, opt_state, grad_norm); ema or None."""
+    """init(params) -> opt_state; update(grads, opt_state, params, lr, clip) -> (params, opt_state, grad_norm); ema or None; layout: how
+    masters and moments are split over a mesh."""
 
     init: Callable
     update: Callable
     ema: Ema | None
     clip: float
+    layout: Layout = LAYOUTS["fsdp"]
 
 
 def parse(config: Mapping) -> Optimizer:
@@ -140,7 +143,8 @@ def parse(config: Mapping) -> Optimizer:
     decay, clip = leaf(config, "weight_decay", float, "optimizer"), leaf(config, "clip", float, "optimizer")
     require(decay >= 0, "optimizer.weight_decay", decay, "0 or more")
     require(clip > 0, "optimizer.clip", clip, "a positive number")
-    return make(spec.transformation(), rules, decay, clip, freeze_kind(EMAS, config["ema"], "optimizer.ema"))
+    layout = LAYOUTS[choice(config["sharding"]["kind"], LAYOUTS, "optimizer.sharding.kind")]
+    return make(spec.transformation(), rules, decay, clip, freeze_kind(EMAS, config["ema"], "optimizer.ema"))._replace(layout=layout)
 
 
 def make(transformation, rules, weight_decay: float, clip: float, ema: Ema | None) -> Optimizer:

@@ -6,18 +6,21 @@ import functools
 import hashlib
 import pathlib
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import TwoSlopeNorm
+from matplotlib.colors import LogNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, StrMethodFormatter
 
 INK, GRID, MUTED = "#1f2933", "#e4e7eb", "#7b8794"
 COLOURS = ("#2563a8", "#d1603d", "#2f8f6b", "#8a5fb4", "#b8860b", "#c2417c", "#4b8f29", "#5c6b7a",
            "#00838f", "#7b3f00", "#9e9d24", "#ad1457")
+MARKS = "osD^vPX*"
 SIZE = (5.4, 3.3)  # inches; read on a phone at 360 pixels, hence no small print
 FONT = {"family": "DejaVu Sans"}
 
@@ -150,6 +153,62 @@ def intervals(path: pathlib.Path, title: str, rows: Sequence[tuple[str, float, f
     axes.set_yticks(range(len(rows)), [row[0] for row in reversed(rows)])
     axes.set_ylim(-0.7, len(rows) - 0.4)
     axes.set_xlabel(xlabel)
+    return _save(figure, path)
+
+
+@_once
+def site_map(path: pathlib.Path, title: str, rows: Sequence[str], columns: Sequence[Any], values: np.ndarray,
+             limits: tuple[float, float], marked: tuple[int, int] | None = None) -> pathlib.Path:
+    """values [rows, columns] of 0 or more by site and layer, light where small and dark where large, on a logarithmic scale within the
+    limits; grey where there is none (not a number); one cell may be framed. Few columns are wide enough for the numbers themselves."""
+    few = len(columns) <= 8
+    figure, axes = _axes(title, (SIZE[0] * 1.15, 1.1 + 0.27 * len(rows)), layout="constrained")
+    shown = np.ma.masked_invalid(np.maximum(values, limits[0]))
+    norm = LogNorm(limits[0], max(limits[1], limits[0] * 1.01), clip=True)
+    colours = colormaps["YlGnBu"].with_extremes(bad=GRID)
+    image = axes.imshow(shown, aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
+    axes.grid(False)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel("layer")
+    axes.spines["bottom"].set_visible(False)
+    if few:
+        axes.set_xticks(range(len(columns)), columns)
+        for (i, j), value in np.ndenumerate(shown.filled(np.nan)):
+            if np.isfinite(value):
+                axes.text(j, i, f"{values[i, j]:.2g}", ha="center", va="center", fontsize=8,
+                          color="white" if norm(value) > 0.52 else INK)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+        bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.06)
+        bar.outline.set_visible(False)
+        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        bar.ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        bar.ax.minorticks_off()
+        bar.ax.tick_params(labelsize=8.5, length=0)
+    if marked:
+        axes.add_patch(Rectangle((marked[1] - 0.5, marked[0] - 0.5), 1, 1, fill=False, ec="#c0272d", lw=2))
+    return _save(figure, path)
+
+
+@_once
+def dots(path: pathlib.Path, title: str, rows: Sequence[str], series: Mapping[str, Sequence[float]],
+         colours: Mapping[str, str], *, xlabel: str = "", share: bool = False) -> pathlib.Path:
+    """One line a row with a mark for each of the series, in its colour; a share is drawn on a scale that shows small ones
+    (linear below 0.01 %)."""
+    figure, axes = _axes(title, (SIZE[0] * 1.15, 1.45 + 0.3 * len(rows)), layout="constrained")
+    height = np.arange(len(rows))[::-1]
+    for label, values in series.items():
+        axes.plot(values, height, MARKS[list(colours).index(label) % len(MARKS)], color=colours[label], ms=6.5, alpha=0.9, label=label,
+                  mec="white", mew=0.6, ls="none")
+    if share:
+        axes.set_xscale("symlog", linthresh=1e-4)
+        axes.set_xlim(-2e-5, 1.3)
+        axes.set_xticks([0, 1e-4, 1e-3, 1e-2, 1e-1, 1], ["0", "0.01 %", "0.1 %", "1 %", "10 %", "100 %"])
+        axes.minorticks_off()
+    axes.set_yticks(height, rows)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set_xlabel(xlabel)
+    figure.legend(frameon=False, fontsize=8.5, ncols=len(series), loc="outside lower center", handletextpad=0.1, columnspacing=1.0)
     return _save(figure, path)
 
 

@@ -16,8 +16,9 @@ import numpy as np
 
 from data import corpus
 from data import tokenizer as tokenizers
+from model import sharding
 from model.errors import freeze, leaf, named_input, require
-from train import evaluate, loop, report, sampler, schedules
+from train import cluster, evaluate, loop, report, sampler, schedules
 from train.metrics import prepare_workdir, table
 from train.step import token_logp
 
@@ -72,11 +73,12 @@ def pretrain(config, workdir: str, name: str = "pretrain", stage: str | None = N
             f"at least the tokenizer's {tokenizer.vocab_size}")
 
     rows = batch_size // n_micro
+    here = sharding.rows_here(s.mesh, rows)
     require(ramp is None or rows <= ramp[0] <= batch_size, f"{name}.ramp.linear.start", ramp and ramp[0],
             f"batch_size / n_micro = {rows} to batch_size = {batch_size}: a ramp adds micro-batches, raise n_micro")
     plan = schedules.plan(steps, batch_size, ramp, multiple=rows)
     with named_input("data", "tokenizer"):
-        iterator = corpus.make_iterator(spec, tokenizer, batch_size=rows, seq_len=seq_len, n_micro=1, seed=s.seed)
+        iterator = corpus.make_iterator(spec, tokenizer, batch_size=rows, seq_len=seq_len, n_micro=1, seed=s.seed, rows=here)
         domains = {d: evaluate.clip_bytes(corpus.validation_documents(spec, d), evaluation.max_bytes) for d in spec.domains}
     if s.done is None:
         s.logger.event("corpus", 0, **corpus.describe(spec))
@@ -96,16 +98,17 @@ def pretrain(config, workdir: str, name: str = "pretrain", stage: str | None = N
 
     logp = evaluate.make_logp(s.cfg, s.run)
 
-    def score(state) -> dict[str, float]:
-        return {d: evaluate.bits_per_byte(logp, state.params, state.router_bias, docs, tokenizer, batch_size=evaluation.batch_size,
-                                          seq_len=seq_len) for d, docs in domains.items()}
+    def score(state) -> dict[str, dict]:
+        return evaluate.by_domain(logp, state.params, state.router_bias, domains, tokenizer, batch_size=evaluation.batch_size,
+                                  seq_len=seq_len)
 
     last = {}
 
     def look(state, progress) -> None:
-        step, scores = int(state.step), score(state)
+        step, found = int(state.step), score(state)
+        scores = found["bits_per_byte"]
         last.update({step: scores})
-        s.logger.event("eval", step, bits_per_byte=scores)
+        s.logger.event("eval", step, **found)
         progress.note(f"{name} step {step}: held-out bits per byte " + ", ".join(f"{d} {v:.3f}" for d, v in scores.items()))
         for line in samples(state, s, sample, tokenizer):
             s.logger.sample(step, **line)
@@ -117,7 +120,7 @@ def pretrain(config, workdir: str, name: str = "pretrain", stage: str | None = N
     except loop.Stopped:
         return False
     if stage is None:
-        finish(s, steps, spec, domains, last.get(steps) or score(state))
+        finish(s, steps, spec, domains, last.get(steps) or score(state)["bits_per_byte"])
 
 
 @functools.lru_cache(8)
@@ -154,7 +157,7 @@ def samples(state, s: loop.Setup, spec: Sample, tokenizer) -> list[dict[str, str
     prompts = [[tokenizer.bos, *tokenizer.encode(text)] for _, text in spec.prompts]
     lengths, ids = [len(p) for p in prompts], np.array([(i, 0) for i in range(len(prompts))], np.int32)
     tokens = np.array([p + [0] * (max(lengths) - len(p)) for p in prompts], np.int32)
-    rollout = jax.device_get(sampler.generate(
+    rollout = cluster.fetch(sampler.generate(
         state.params, state.router_bias, tokens, lengths, ids, s.seed, int(state.step), s.cfg, s.run, max_new=spec.max_new,
         temperature=spec.temperature, top_p=spec.top_p, stop_ids=(tokenizer.eos,)))
     return [dict(prompt=text, completion=tokenizer.decode(rollout.tokens[i, :rollout.lengths[i]]), domain=domain)

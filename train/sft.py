@@ -9,15 +9,17 @@ import json
 import math
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from data import chat, corpus, packing
 from data import tokenizer as tokenizers
 from data.tasks import miniature
+from model import sharding
 from model.dtypes import at_least_f32
 from model.errors import choice, leaf, named_input, require, user_input
-from train import evaluate_tasks, loop, pretrain, report, schedules
+from train import cluster, evaluate_tasks, loop, pretrain, report, schedules
 from train.metrics import prepare_workdir, write_atomically
 
 SOURCES = ("file", "stage", "traces")
@@ -57,12 +59,12 @@ def sft(config, workdir: str, name: str = "sft", stage: str | None = None) -> bo
     def knobs(step: int) -> dict:
         return dict(lr=lr(step, step / steps), clip=s.optimizer.clip, bias_rate=bias_rate, mtp_weight=0.0, n_micro=np.int32(1))
 
-    iterator = corpus.iterate([rows], [1.0], batch_size, 1)
+    iterator = corpus.iterate([rows], [1.0], batch_size, 1, rows=sharding.rows_here(s.mesh, batch_size))
     try:
         loop.fit(s, iterator, steps, knobs, pretrain.loss_of(s.cfg.mtp_depth))
     except loop.Stopped:
         return False
-    if stage is None:
+    if stage is None and jax.process_index() == 0:
         print(f"report: {report.write(path)}")
 
 
@@ -90,9 +92,11 @@ def write_traces(workdir: pathlib.Path, stage: str, pairs: list[tuple[str, str]]
     """Writes traces/STAGE.jsonl, one {"prompt", "completion"} a line, so that an SFT reads the very ids that were sampled."""
     space = "" if tokenizer.kind == "symbols" else " "
     path = traces_of(workdir, stage)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(
-        json.dumps(dict(prompt=p, completion=f"{space}{c.lstrip()}"), ensure_ascii=False) + "\n" for p, c in pairs))
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, "".join(
+            json.dumps(dict(prompt=p, completion=f"{space}{c.lstrip()}"), ensure_ascii=False) + "\n" for p, c in pairs))
+    cluster.barrier("traces")
     return path
 
 

@@ -22,7 +22,7 @@ from model import config as model_config
 from model.errors import freeze, require
 from model.tape import LayerTape
 from train import optimizer as optimizers
-from train import sampler
+from train import profile, sampler
 from train import state as states
 from train.metrics import prepare_workdir, table
 from train.pretrain import loss_of
@@ -31,7 +31,8 @@ from train.step import compile_step, make_train_step, token_logp
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """config.speed: the batch, the repeats, the generation (gen_batch 0: none), the peak for MFU, whether parts are timed (0, 1)."""
+    """config.speed: the batch, the repeats, the generation (gen_batch 0: none), the peak for MFU, whether parts are timed (0, 1), how many
+    steps are traced for the table of kernels (0: none; a GPU's)."""
 
     batch_size: int
     seq_len: int
@@ -41,6 +42,7 @@ class Speed:
     gen_new: int
     peak_tflops: float
     parts: int
+    trace: int
 
     def __post_init__(self):
         for name in ("batch_size", "seq_len", "repeats"):
@@ -54,10 +56,10 @@ def speed(config, workdir: str) -> dict:
     optimizer, mesh = optimizers.parse(config.optimizer), sharding.make_mesh(config.mesh)
     key, device = jax.random.key(config.seed), jax.devices()[0]
     with jax.set_mesh(mesh):
-        layout = states.shardings(mesh, cfg, jax.eval_shape(lambda k: states.create(k, cfg, optimizer), key))
-        state = jax.jit(lambda k: states.create(k, cfg, optimizer), out_shardings=layout)(key)
+        layout = states.shardings(mesh, cfg, jax.eval_shape(lambda k: states.create(k, cfg, optimizer, run), key), optimizer.layout)
+        state = jax.jit(lambda k: states.create(k, cfg, optimizer, run), out_shardings=layout)(key)
         parts = time_parts(state, cfg, run, optimizer, spec) if spec.parts else {}
-        tokens_per_s, first, state = time_training(state, cfg, run, optimizer, mesh, layout, spec)
+        tokens_per_s, first, state = time_training(state, cfg, run, optimizer, mesh, layout, spec, path / "step.xplane.pb")
         result = dict(device=device.device_kind, n_devices=mesh.size, params=cfg.num_params()["total"], precision=run.precision.kind,
                       train_tokens_per_s=round(tokens_per_s, 1), first_step_s=round(first, 2))
         if spec.peak_tflops:
@@ -76,7 +78,7 @@ def speed(config, workdir: str) -> dict:
     return result
 
 
-def time_training(state, cfg, run, optimizer, mesh, layout, spec: Speed):
+def time_training(state, cfg, run, optimizer, mesh, layout, spec: Speed, trace: pathlib.Path):
     """(tokens/s, seconds of the first step, state): the whole step as a training job runs it."""
     rng = np.random.default_rng(0)
     weight = np.ones((1, spec.batch_size, spec.seq_len), np.float32)
@@ -91,7 +93,23 @@ def time_training(state, cfg, run, optimizer, mesh, layout, spec: Speed):
         jax.block_until_ready((state, metrics))
         times.append(time.perf_counter() - began)
     require(bool(np.isfinite(metrics["loss"])), "speed", "a loss that is not finite", "finite numbers")
+    if spec.trace:
+        state = traced(step, state, batch, spec.trace, trace)
     return spec.batch_size * spec.seq_len / statistics.median(times[3:]), times[0], state
+
+
+def traced(step, state, batch, n: int, kept: pathlib.Path):
+    """Prints milliseconds a step by kind of kernel, from a trace of n steps that stays in `kept`; the state after them."""
+    def steps():
+        nonlocal state
+        for _ in range(n):
+            state, metrics = step(state, batch, jax.random.key(0))
+        return metrics
+
+    profile.take(steps, kept)
+    rows = [(kind, f"{ms / n:.2f}", round(launches / n)) for kind, (ms, launches) in profile.kernels(profile.read(kept)).items()]
+    print(table("time by kernel, a step", ("kernel", "ms", "launches"), rows[:16]))
+    return state
 
 
 def time_generation(params, router_bias, cfg, run, spec: Speed) -> float:

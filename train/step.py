@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from model import precision, sharding, transformer
+from model import delayed_scaling, precision, sharding, transformer
 from model.config import Execution, ModelConfig
 from model.dtypes import at_least_f32
 from model.moe import max_violation, update_bias
@@ -29,10 +29,12 @@ def make_train_step(cfg: ModelConfig, run: Execution, optimizer: Optimizer, loss
         del rng  # no step draws: dropout-free, and a loss that needs keys takes them as columns
         knobs, columns = batch["knobs"], {k: v for k, v in batch.items() if k != "knobs"}
         totals = count_totals(columns, knobs.get("n_micro"))
-        prepared = precision.prepare(state.params, run)
+        params, prepared = gather(state.params, precision.prepare(state.params, run), cfg, optimizer.layout)
 
-        def microbatch_loss(params, prepared, microbatch, router_bias, totals):
-            weights = precision.with_masters(prepared, params)
+        past = None if state.amax is None else delayed_scaling.expected(state.amax, run.precision.delayed)
+
+        def microbatch_loss(params, past, prepared, microbatch, router_bias, totals):
+            weights = precision.with_masters(prepared, params, past)
             experts = jnp.moveaxis(microbatch["experts"], 2, 0) if "experts" in microbatch else None  # a column is [B, T, n_moe, K]
             output, metrics = transformer.apply(
                 weights, microbatch["tokens"], cfg, run=run, positions=microbatch.get("positions"),
@@ -44,32 +46,56 @@ def make_train_step(cfg: ModelConfig, run: Execution, optimizer: Optimizer, loss
 
         def one(i):
             microbatch = {k: v[i] for k, v in columns.items()} | dict(knobs=knobs)
-            (_, metrics), grads = jax.value_and_grad(microbatch_loss, has_aux=True)(
-                state.params, prepared, microbatch, state.router_bias, totals)
-            return grads, metrics
+            (_, metrics), (grads, seen) = jax.value_and_grad(microbatch_loss, argnums=(0, 1), has_aux=True)(
+                params, past, prepared, microbatch, state.router_bias, totals)
+            return grads, metrics, seen
+
+        def join(total, new):
+            return *jax.tree.map(jnp.add, total[:2], new[:2]), jax.tree.map(jnp.maximum, total[2], new[2])
 
         n_micro = columns["tokens"].shape[0]
         if n_micro == 1:
-            grads, metrics = one(0)
+            grads, metrics, seen = one(0)
         else:
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, 0))
             bound = knobs.get("n_micro", n_micro)
-            grads, metrics = jax.lax.fori_loop(0, bound, lambda i, total: jax.tree.map(jnp.add, total, one(i)), zeros)
-        params, opt_state, grad_norm = optimizer.update(grads, state.opt_state, state.params, knobs["lr"], knobs["clip"])
+            grads, metrics, seen = jax.lax.fori_loop(0, bound, lambda i, total: join(total, one(i)), zeros)
+        masters, opt_state, grad_norm = optimizer.update(grads, state.opt_state, state.params, knobs["lr"], knobs["clip"])
         router_bias, ema = state.router_bias, state.ema
         if router_bias is not None:
             router_bias = update_bias(router_bias, metrics["moe/load"], knobs["bias_rate"].astype(router_bias.dtype))
             metrics["moe/bias"] = router_bias
         if ema is not None:
             decay = optimizer.ema.decay  # from host memory and, by the step's out_shardings, back
-            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, jax.device_put(ema, jax.memory.Space.Device), params)
+            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, jax.device_put(ema, jax.memory.Space.Device), masters)
         if "moe/load" in metrics:
             metrics["moe/balance_loss"] /= totals["rows"].astype(metrics["moe/balance_loss"].dtype)
             metrics["moe/max_violation"] = jnp.mean(max_violation(metrics["moe/load"]))
         metrics |= {"grad_norm": grad_norm, "tokens": totals["tokens"]}
-        return TrainState(state.step + 1, params, router_bias, opt_state, ema), metrics
+        amax = None if seen is None else delayed_scaling.update(state.amax, seen)
+        return TrainState(state.step + 1, masters, router_bias, opt_state, ema, amax), metrics
 
     return step
+
+
+def gather(params, prepared, cfg: ModelConfig, layout: sharding.Layout):
+    """(params, prepared) as a step uses them. Under ZeRO-1 gathered here, once a step; where a kind has low-precision copies it is these
+    that move, as nothing reads the masters. The gradients need no word: XLA adds them up in the layout of the moments."""
+    if layout.in_use is None:
+        return params, prepared
+
+    def one(names, leaf):
+        if not precision.is_weight(leaf):
+            return sharding.constrain(leaf, names, layout.in_use)
+        names = tuple(n for n in names if n != "pair") if leaf.low.ndim < len(names) else names  # a pair's copy is one matrix
+        names = [names, names, (*names[:-2], names[-1], names[-2])]
+        # split first: else XLA makes the copies where they are used, of gathered masters
+        low = [None if x is None else sharding.constrain(sharding.constrain(x, n, layout.at_rest), n, layout.in_use)
+               for x, n in zip(leaf[1:4], names, strict=True)]
+        return precision.Weight(leaf.master, *low)
+
+    axes, is_names = transformer.axes(cfg), lambda x: isinstance(x, tuple)
+    return tuple(jax.tree.map(one, axes, tree, is_leaf=is_names) for tree in (params, prepared))
 
 
 def count_totals(columns, n_filled=None) -> dict:
@@ -92,18 +118,44 @@ def count_totals(columns, n_filled=None) -> dict:
 
 def token_logp(logits, tokens):
     """log p of tokens [B, T] from logits [B, T, V], in float32 at least: entry t belongs to the prediction OF tokens[:, t]; 0 at t = 0."""
-    logp = jax.nn.log_softmax(logits[:, :-1].astype(at_least_f32(logits.dtype)))
-    return jnp.pad(jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0], ((0, 0), (1, 0)))
+    logp = _log_probability(logits, jnp.roll(tokens, -1, axis=1))  # the last row's is cut: as long rows as the logits', no padded copies
+    return jnp.pad(logp[:, :-1], ((0, 0), (1, 0)))
+
+
+@jax.custom_vjp
+def _log_probability(logits, targets):
+    """log softmax(logits [B, T, V]) at targets i32 [B, T] -> [B, T]. Its gradient is written in one pass over the logits, where that of
+    log_softmax and a gather makes three arrays of their size in float32."""
+    return _forward_log_probability(logits, targets)[0]
+
+
+def _forward_log_probability(logits, targets):
+    wide = logits.astype(at_least_f32(logits.dtype))
+    log_z = jax.nn.logsumexp(wide, axis=-1)
+    return jnp.sum(jnp.where(_is_target(logits, targets), wide, 0), axis=-1) - log_z, (logits, targets, log_z)
+
+
+def _backward_log_probability(residuals, g):
+    logits, targets, log_z = residuals
+    p = jnp.exp(logits.astype(log_z.dtype) - log_z[..., None])
+    return (g[..., None] * (_is_target(logits, targets).astype(p.dtype) - p)).astype(logits.dtype), None
+
+
+def _is_target(logits, targets):
+    return jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None] == targets[..., None]
+
+
+_log_probability.defvjp(_forward_log_probability, _backward_log_probability)
 
 
 def compile_step(step: Callable, mesh, state_shardings):
-    """The step jitted over a mesh: state donated and kept in its layout, batches split over the data axes. `.jitted` is the jitted
-    function itself."""
+    """The step jitted over a mesh: state donated and kept in its layout, batches split over the data axes; each process gives its rows
+    (sharding.rows_here). `.jitted` is the jitted function itself."""
     columns = jax.NamedSharding(mesh, jax.P(None, *sharding.spec(("batch",))))
     replicated = jax.NamedSharding(mesh, jax.P())
 
     def place(batch):
-        return {k: jax.tree.map(lambda x: jax.device_put(x, replicated if k == "knobs" else columns), v) for k, v in batch.items()}
+        return {k: v if k == "knobs" else jax.make_array_from_process_local_data(columns, v) for k, v in batch.items()}
 
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, replicated))
 
