@@ -1,6 +1,6 @@
 """Ablations of the tiny DeepSeek-V3 over paired seeds: which claims of the papers show at 1 M parameters?
 
-Stands for: V2 Tables 8 and 9 (attention), V3 Tables 4 and 5 (MTP, balance), DeepSeekMoE §4 (segmentation, shared experts).
+Stands for: V2 Tables 8 and 9 (attention), V3 Tables 4 and 5 (MTP, balance), DeepSeekMoE (segmentation, shared experts).
 Cost: (names + 2) x seeds runs; a run of the tiny preset is about 2 minutes on two CPU cores, 8 names x 8 seeds thus about 2.7 hours.
 Expect: not measured here; figures in LOG.md.
 Run: python main.py --config=configs/ablate.py --workdir=runs/ablate
@@ -9,6 +9,8 @@ Tiny: python main.py --config=configs/ablate.py:smoke --workdir=runs/smoke   (tw
 Differs from the paper: everything is 1e4 to 1e6 times smaller, so a miss refutes nothing; bytes instead of a BPE.
 
 Resume: the same command skips finished cells. --config.stop_after_s=3600 stops after an hour, the table so far written.
+Many cores: start it once a core, on the same workdir; each process takes the next free cell (a step is as cheap in CPU time on one core
+as on two):  for i in $(seq 0 $(($(nproc) - 1))); do taskset -c $i python main.py --config=configs/ablate.py --workdir=runs/ablate & done
 """
 from ml_collections import ConfigDict
 

@@ -1,12 +1,12 @@
 """Controls of R1-Zero: which reward makes answers longer? (R1 §2.2.4; 2503.20783 on length bias.) Edits for the job `ablate`.
 
 Stands for: the claim that length grows because worked answers are right more often, and not because of the format reward or the update.
+The base arm is the pretrained model before any RL, so that an arm's difference is what its RL changed; margin is the bar of 'same'.
 Run: python main.py --config=configs/r1.py --config.recipe.stages="('base','gate')" --config.seed=S --workdir=runs/bases/seed-S
-     python main.py --config=configs/r1_controls.py --workdir=runs/controls    (4 seeds, each from its own base)
+         (S = 0 to 15: eight seeds, and eight of the A/A arm)
+     python main.py --config=configs/r1_controls.py --workdir=runs/controls    (once, or as often as there are cores to spare)
 One: python main.py --config=configs/r1_controls.py:format_only@rl --config.init_from.path=runs/bases/seed-0 --workdir=runs/format_only
-Cost: a cell is 24 steps, under a minute on two idle cores. Expect: figures in LOG.md; on seed 1 (2026-11-24) the worked share went from
-0.18 to 1.00 (accuracy_only), 0.02 (format_only), 0.40 (random_reward: a drift, worked answers no better), 0.00 (length_penalty: even
-the tags go), 1.00 (no_balance).
+Cost: a cell is 24 steps, under a minute on two idle cores. Expect: the table in docs/recipe.md.
 """
 from __future__ import annotations
 
@@ -14,32 +14,40 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from configs import ablate, rl
+from configs import ablate, ablations
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """Without an argument the job `ablate` over every control; NAME@rl is one of them as a job of its own."""
-    if not arg:
-        config = ablate.get_config()
-        config.ablate.update(dict(
-            file="configs/r1_controls.py", base="rl", names=tuple(n for n in ABLATIONS if n != "base"), seeds=4,
-            edits=("init_from.path=runs/bases/seed-{seed}/checkpoints/gate",), checkpoints="drop",
-            metrics=("worked_change", "tagged_right_change", "length_change", "pass_at_1_change", "max_violation")))
-        return config
-    name, _, base_name = arg.partition("@")
-    if name not in ABLATIONS or base_name not in ("", "rl"):
-        raise ValueError(f"configs/r1_controls.py: found {arg!r}, allowed: {', '.join(ABLATIONS)}, each with @rl or without")
-    config = rl.get_config()
-    ABLATIONS[name](config)
+    if arg:
+        return ablations.edited(arg, ABLATIONS, "configs/r1_controls.py", "rl")
+    config = ablate.get_config()
+    config.ablate.update(dict(
+        file="configs/r1_controls.py", base="rl", names=tuple(n for n in ABLATIONS if n != "base"), seeds=8, margin=0.05,
+        checkpoints="drop",
+        edits=("init_from.path=runs/bases/seed-{seed}/checkpoints/gate", "rl.eval.every=8", "rl.eval.problems=2048",
+               "evaluation.problems=2048", "evaluation.cons_problems=0", "evaluation.transfer=()"),
+        metrics=("evaluation/worked", "evaluation/tagged_right", "evaluation/pass_at_1", "evaluation/length", "evaluation/consistency")))
     return config
 
 
 def base(config):
-    """R1-Zero itself: accuracy and format.
+    """Before any RL: one step at a learning rate of 0.
 
     Source: none
     Published: none
     Predicted: none
+    """
+    config.rl.steps = 1
+    config.rl.lr.linear.update(dict(peak=0.0, final=0.0))
+
+
+def r1_zero(config):
+    """R1-Zero itself, accuracy and format: accuracy rises, and length with it.
+
+    Source: R1 §2.2, fig. 2 and 3
+    Published: AIME 2024 pass@1 15.6 % to 77.9 %
+    Predicted: evaluation/worked up; evaluation/tagged_right up; evaluation/pass_at_1 up; evaluation/length up; evaluation/consistency down
     """
 
 
@@ -48,7 +56,7 @@ def accuracy_only(config):
 
     Source: R1 §2.2 (in words); ours
     Published: none
-    Predicted: worked_change same
+    Predicted: evaluation/worked up; evaluation/tagged_right up; evaluation/length up
     """
     config.rl.rewards.format = 0.0
 
@@ -58,7 +66,7 @@ def format_only(config):
 
     Source: ours, after 2503.20783
     Published: none
-    Predicted: worked_change down; tagged_right_change down
+    Predicted: evaluation/worked down; evaluation/tagged_right down
     """
     config.rl.rewards.accuracy = 0.0
 
@@ -66,9 +74,9 @@ def format_only(config):
 def random_reward(config):
     """A fair coin for every answer: nothing is learnt.
 
-    Source: ours
+    Source: ours, after 2506.10947 (where a random reward did help one family of models)
     Published: none
-    Predicted: worked_change down; tagged_right_change down
+    Predicted: evaluation/worked same; evaluation/tagged_right down
     """
     config.rl.rewards.update(dict(accuracy=0.0, format=0.0, random=1.0))
 
@@ -78,7 +86,7 @@ def length_penalty(config):
 
     Source: ours
     Published: none
-    Predicted: length_change down
+    Predicted: evaluation/worked down; evaluation/length down
     """
     config.rl.rewards.length_penalty = 2.0
 
@@ -88,10 +96,10 @@ def no_balance(config):
 
     Source: V3 §2.1.2 (in words)
     Published: none
-    Predicted: worked_change same
+    Predicted: evaluation/worked up; evaluation/tagged_right up; evaluation/length up
     """
     config.model.ffn.moe.balance.kind = "none"
 
 
 ABLATIONS: dict[str, Callable[[ConfigDict], None]] = {f.__name__: f for f in (
-    base, accuracy_only, format_only, random_reward, length_penalty, no_balance)}
+    base, r1_zero, accuracy_only, format_only, random_reward, length_penalty, no_balance)}

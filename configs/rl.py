@@ -5,7 +5,7 @@ Expect: accuracy and length against steps as in the recipe (docs/recipe.md); ano
 Run: python main.py --config=configs/rl.py --config.init_from.path=runs/latest/checkpoints/gate --workdir=runs/rl
      ... --config.rl.loss.kind=dr_grpo --config.rl.advantage.kind=group_mean        (2503.20783)
      ... --config.rl.loss.kind=dapo --config.rl.clip_high=0.28 --config.rl.rewards.soft_overlong=1.0     (2503.14476)
-     ... --config.rl.beta=0.001 --config.rl.clip_low=10 --config.rl.clip_high=10    (R1's own KL and clip; beta loads a reference)
+     ... --config.rl.clip_low=10 --config.rl.clip_high=10                           (R1's own clip; its KL is the default)
 Tiny: it is tiny.
 Differs from the paper: answers of 13 tokens at most, rewards by rule on problems by rule.
 """

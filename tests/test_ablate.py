@@ -1,8 +1,12 @@
 """An ablation's table is what its cells' files say, whole pairs at a time, and every edit changes what it claims to change."""
+import fcntl
 import json
 import math
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -147,11 +151,45 @@ def test_stop_after_s_writes_what_there_is(faked, tmp_path, capsys):
     assert "0 of 20 cells done" in capsys.readouterr().out and (tmp_path / "report.html").exists() and not calls
 
 
+def test_processes_share_a_table_cell_by_cell_and_the_last_writes_it(table, capsys):
+    """A lock is of an open file, so this test is the other process."""
+    workdir, before = table
+    for arm, seed in (("gqa", 2), ("base", 6)):
+        (workdir / "cells" / arm / f"seed-{seed}" / "metrics.jsonl").unlink()
+    (workdir / "ablation.json").unlink()
+    calls.clear()
+    with ablate.opened(workdir) as desk, ablate.opened(workdir / "cells" / "gqa" / "seed-2") as cell:
+        fcntl.flock(desk, fcntl.LOCK_SH)
+        assert ablate.hold(cell)
+        ablate.ablate(config_of(), str(workdir))
+        assert calls == ["base/seed-6"] and "others are at work" in capsys.readouterr().out
+        assert not (workdir / "ablation.json").exists() and ablate.hold(desk)
+    ablate.ablate(config_of(), str(workdir))
+    assert calls == ["base/seed-6", "gqa/seed-2"] and json.loads((workdir / "ablation.json").read_text()) == before
+
+
+@pytest.mark.slow
+def test_three_processes_run_the_smoke_table_once(tmp_path):
+    root = pathlib.Path(ablate.__file__).parent.parent
+    command = [sys.executable, "main.py", "--config=configs/ablate.py:smoke", "--config.ablate.edits=('pretrain.steps=4',"
+               "'pretrain.eval.max_bytes=400','pretrain.sample.prompts=()','data.max_bytes=100000')", f"--workdir={tmp_path}"]
+    started = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, env=os.environ | {"XLA_FLAGS": ""}) for _ in range(3)]
+    said = "".join(process.communicate()[0] for process in started)
+    assert not any(process.returncode for process in started) and said.count(": done in") == 8
+    assert said.count("8 of 8 cells done") == 2 and said.count("report: ") == 1  # once for each of two metrics
+
+
 def test_cells_of_other_settings_are_refused_before_anything_runs(table):
     workdir, _ = table
     calls.clear()
     with pytest.raises(UserError, match=r"other settings.*pretrain\.steps"):
         ablate.ablate(config_of(edits=("pretrain.steps=7",)), str(workdir))
+    assert not calls
+    for config in workdir.glob("cells/base/*/config.json"):  # a kind that came later, or went
+        read = json.loads(config.read_text())
+        read["model"]["attention"]["mystery"] = dict(n_heads=3)
+        config.write_text(json.dumps(read))
+    ablate.ablate(config_of(), str(workdir))
     assert not calls
 
 

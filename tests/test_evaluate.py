@@ -2,11 +2,14 @@
 import collections
 import itertools
 import math
+import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from data import tokenizer as tokenizers
+from model import transformer
 from train import evaluate
 
 BYTES = tokenizers.bytes_tokenizer()
@@ -17,20 +20,42 @@ def test_bits_per_byte_of_a_known_model_by_hand():
     documents = ["abcab", "z", "", "The quick brown fox: déjà vu", "\ud800 alone"]
     cost = lambda a, b: 1 + (a + b) % 3  # noqa: E731
 
-    def logp(params, bias, tokens):
+    def logp(params, bias, tokens, weight):
         before = np.concatenate([np.zeros((len(tokens), 1), int), tokens[:, :-1]], 1)
         out = -math.log(2) * (1 + (before + tokens) % 3).astype(np.float32)
         out[:, 0] = -1e9  # never to be counted: nothing predicts a row's first token
-        return out
+        return out, None
 
     bits, n = 0, 0
     for document in documents:
         ids = [BYTES.bos, *document.encode("utf-8", "surrogatepass")]
         bits, n = bits + sum(cost(a, b) for a, b in itertools.pairwise(ids)), n + len(ids) - 1
     for batch_size, seq_len in ((2, 4), (3, 64), (1, 2), (4, 7)):
-        got = evaluate.bits_per_byte(logp, None, None, documents, BYTES, batch_size=batch_size, seq_len=seq_len)
+        got, _ = evaluate.score(logp, None, None, documents, BYTES, batch_size=batch_size, seq_len=seq_len)
         assert got == pytest.approx(bits / n, rel=1e-6)
-    assert evaluate.bits_per_byte(logp, None, None, [], BYTES, batch_size=2, seq_len=4) == 0
+    assert evaluate.score(logp, None, None, [], BYTES, batch_size=2, seq_len=4)[0] == 0
+
+
+def test_the_load_of_a_domain_counts_each_of_its_tokens_once_at_the_experts_it_went_to(monkeypatch):
+    """A router that reads nothing but the token: layer l sends byte b to experts (b + l) mod 5 and (b // 3) mod 5."""
+    def apply(params, tokens, cfg, *, run, router_bias):
+        experts = jnp.stack([jnp.stack([(tokens + layer) % 5, tokens // 3 % 5], axis=-1) for layer in (0, 1)])
+        return types.SimpleNamespace(logits=jnp.zeros((*tokens.shape, 264)), experts=experts if cfg.moe else None), {}
+
+    monkeypatch.setattr(transformer, "apply", apply)
+    domains = dict(code=["def f(x): return x", "", "pass"], prose=["The quick brown fox jumps over the lazy dog."], none=[])
+    logp = evaluate.make_logp(types.SimpleNamespace(moe=types.SimpleNamespace(n_routed_experts=5)), None)
+    for seq_len in (4, 64):
+        found = evaluate.by_domain(logp, None, None, domains, BYTES, batch_size=3, seq_len=seq_len)
+        assert found["bits_per_byte"]["code"] == pytest.approx(math.log2(264)) and "none" not in found["domain_load"]
+        for domain in ("code", "prose"):
+            want = np.zeros((2, 5))
+            for byte, layer in itertools.product("".join(domains[domain]).encode(), (0, 1)):
+                want[layer, (byte + layer) % 5] += 1
+                want[layer, byte // 3 % 5] += 1
+            np.testing.assert_array_equal(found["domain_load"][domain], want)
+    plain = evaluate.make_logp(types.SimpleNamespace(moe=None), None)
+    assert set(evaluate.by_domain(plain, None, None, domains, BYTES, batch_size=3, seq_len=64)) == {"bits_per_byte"}
 
 
 @pytest.mark.parametrize("seq_len", [2, 3, 8, 9, 64])
@@ -62,9 +87,12 @@ def test_bigram_equals_a_plain_count():
     assert evaluate.bigram_bits_per_byte(["a"], []) == 0
 
 
-def test_clip_bytes_keeps_the_first_bytes():
-    assert evaluate.clip_bytes(["abc", "de", "fg"], 4) == ["abc", "d"]
-    assert evaluate.clip_bytes(["aé", "x"], 2) == ["a", "x"]  # half a character is none
+def test_clip_bytes_keeps_the_first_bytes_and_whole_words():
+    assert evaluate.clip_bytes(["abc", "de fg", "h"], 6) == ["abc", "de"]
+    assert evaluate.clip_bytes(["abc", "de fg"], 5) == ["abc", "de"]  # the cut falls on the space
+    assert evaluate.clip_bytes(["abc", "de fg"], 4) == ["abc"]  # half a word is none
+    assert evaluate.clip_bytes(["sum 零 一 ="], 9) == ["sum 零"]
+    assert evaluate.clip_bytes(["aé", "x"], 2) == ["a"]  # half a character is none; where there is nothing else, half a word stays
     assert evaluate.clip_bytes(["abc"], 99) == ["abc"]
 
 

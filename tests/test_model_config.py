@@ -9,8 +9,8 @@ import pytest
 from tiny_model import forward, init, random_tokens, tiny, tiny_config
 
 from configs import deepseek_v3
+from model import attention, rope, sharding, transformer
 from model import config as model_config
-from model import rope, sharding, transformer
 from model.config import Execution
 from model.errors import UserError
 
@@ -97,7 +97,7 @@ def test_rotation_acts_on_neighbouring_pairs_and_scores_depend_on_distance_alone
 
 
 @pytest.mark.parametrize("edits, words", [
-    (dict(attention__kind="mlaa"), "model.attention.kind: found 'mlaa', allowed: mla, gqa, mha, mqa (did you mean 'mla'?)"),
+    (dict(attention__kind="mlaa"), f"model.attention.kind: found 'mlaa', allowed: {', '.join(attention.KINDS)} (did you mean 'mla'?)"),
     (dict(d_model=0), "model.d_model: found 0"), (dict(n_dense_layers=9), "model.n_dense_layers: found 9"),
     (dict(ffn__moe__n_activated_experts=5), "n_activated_experts: found 5"), (dict(mtp_depth=-1), "model.mtp_depth"),
     (dict(attention__mla__qk_rope_head_dim=3), "model.attention.mla.qk_rope_head_dim: found 3"),

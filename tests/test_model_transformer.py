@@ -17,7 +17,7 @@ def bias_of(cfg, seed=3):
     return 0.2 * jax.random.normal(jax.random.key(seed), (cfg.n_moe_layers + cfg.mtp_depth, cfg.moe.n_routed_experts), jnp.float32)
 
 
-@pytest.mark.parametrize("kind", ["mla", "gqa"])  # mha and mqa are gqa with other numbers of heads
+@pytest.mark.parametrize("kind", ["mla", "gqa", pytest.param("gated", marks=pytest.mark.slow)])  # mha, mqa: gqa with other numbers
 def test_cached_decode_equals_the_full_forward(kind):
     with jax.enable_x64(True):
         cfg = tiny(attention__kind=kind)

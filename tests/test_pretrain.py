@@ -33,6 +33,8 @@ def test_the_loss_falls_and_the_record_is_complete(run_folder):
     assert set(closing["bits_per_byte"]) == set(closing["bigram"]) == {"code", "prose"}
     last = [line for line in lines(run_folder) if line.get("event") == "eval"][-1]
     assert last["bits_per_byte"] == closing["bits_per_byte"]
+    load = np.array(last["domain_load"]["code"])  # 2 of 8 experts, each byte once
+    assert load.shape == (1, 8) and load.sum() % 2 == 0 and 300 < load.sum() <= 400
     config = json.loads((run_folder / "config.json").read_text())
     assert config["pretrain"]["steps"] == 12 and config["model"]["d_model"] == 16
     assert checkpoint.steps(run_folder / "checkpoints") == [4, 8, 12]
@@ -62,6 +64,8 @@ def test_eval_scores_every_checkpoint_and_leaves_the_run_as_it_is(run_folder, tm
     assert [s["step"] for s in scores] == [4, 8, 12]
     closing = [line for line in lines(run_folder) if line.get("event") == "closing"][0]
     assert scores[-1]["bits_per_byte"] == pytest.approx(closing["bits_per_byte"], rel=1e-6) and scores[-1]["bigram"] == closing["bigram"]
+    last = [line for line in lines(run_folder) if line.get("event") == "eval"][-1]
+    assert scores[-1]["domain_load"] == last["domain_load"]
     assert "byte bigram" in capsys.readouterr().out
     assert main.run(arguments(tmp_path, *same, "eval.ema=True", job="eval")) == 0
     averaged = lines(tmp_path, "eval.jsonl")

@@ -10,8 +10,8 @@ import tiny_recipe
 from configs import r1, r1_controls, rl, sft
 from data import tokenizer as tokenizers
 from model import config as model_config
-from model.errors import UserError
-from train import checkpoint, recipe, rejection, rl_loop
+from model.errors import UserError, freeze
+from train import ablate, checkpoint, recipe, rejection, rl_loop
 from train.metrics import read_jsonl
 
 STAGES = ("base", "gate", "r1_zero", "cold_start", "rejection", "sft")
@@ -114,8 +114,18 @@ def test_every_size_is_a_recipe_whose_leaves_are_read(size, tmp_path):
 def test_a_stage_alone_is_a_job_with_every_leaf_of_its_subtree(module):
     c = module.get_config()
     assert c.job in c and (c.job == "ablate" or not {"edits", "job"} & set(c[c.job]))
-    for name in r1_controls.ABLATIONS if module is r1_controls else ():
-        rl_loop.parse(r1_controls.get_config(f"{name}@rl").rl, "rl")
+
+
+def test_every_cell_of_the_controls_can_start(tmp_path):
+    c = r1_controls.get_config()
+    c.ablate.seeds = 1
+    spec = freeze(ablate.Ablate, c.ablate, "ablate")
+    for cell in ablate.cells(spec, 0, r1_controls.get_config, tmp_path):
+        ablate.check(cell)
+        rl_loop.parse(cell.config.rl, "rl")
+        assert cell.config.init_from.path == f"runs/bases/seed-{cell.seed}/checkpoints/gate"
+    for edit in r1_controls.ABLATIONS.values():
+        assert set(ablate.read_note(edit)["predicted"]) <= set(spec.metrics)  # a prediction without a table would never be judged
 
 
 @pytest.mark.parametrize(("edits", "words"), [

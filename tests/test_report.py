@@ -56,8 +56,8 @@ def lines_of_a_pretraining(n_steps=30, stage=None, seed=0):
                      "moe/load": load.tolist(), "moe/bias": (load / 1e5).tolist(), "tokens_per_s": 9000.0,
                      "step_time": 10.0 if step == 1 else 0.2}
         if step % 10 == 0:
-            yield tag | dict(event="eval", step=step, bits_per_byte={"code": 4 - step / 20})
-    yield tag | dict(event="domain_load", step=n_steps, load={"code": load.tolist(), "prose": load[:, ::-1].tolist()})
+            yield tag | dict(event="eval", step=step, bits_per_byte={"code": 4 - step / 20},
+                             domain_load={"code": load[:2].tolist(), "prose": load[:2, ::-1].tolist()})
     yield tag | dict(event="closing", step=n_steps, bits_per_byte={"code": 2.3456}, bigram={"code": 3.6})
 
 
@@ -163,6 +163,22 @@ def test_an_expert_without_tokens_is_reported_dead(pretraining):
     load = run_record.read(pretraining[0]).series("moe/load")[1]
     assert f"layer 2 {page.number(float(max_violation(load[0])[0]))} {page.number(float(max_violation(load[-1])[0]))}" in words
     assert re.search(r"layer 2 [\d.]+ [\d.]+ 0 [\d.]+ 3 layer 3", words)
+
+
+def test_the_experts_of_a_domain_are_those_of_the_last_evaluation(pretraining, monkeypatch):
+    run, seen, draw = run_record.read(pretraining[0]), {}, plots.table_map
+
+    def table_map(path, title, rows, load):
+        seen[title] = rows, load
+        return draw(path, title, rows, load)
+
+    monkeypatch.setattr(plots, "table_map", table_map)
+    report.experts(run, None)
+    last = run.named("eval")[-1]["domain_load"]
+    assert list(seen) == ["Load of layer 2 by domain", "Load of layer 3 by domain"]  # of the main model; the MTP module has none
+    for i, (rows, load) in enumerate(seen.values()):
+        assert rows == ["code", "prose"]
+        np.testing.assert_array_equal(load, [last[domain][i] for domain in rows])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.8])

@@ -153,7 +153,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
 def test_the_reference_is_the_policy_that_the_stage_started_from(tmp_path):
     """KL is 0 at the first update and above 0 once the policy has moved; the trainer's own log-probs serve as old ones."""
     config = tiny_recipe.config(r1_zero__beta=0.5, r1_zero__old_logp__kind="trainer", r1_zero__rewards__random=1.0, r1_zero__steps=2,
-                                r1_zero__lr__constant__peak=2e-2, r1_zero__lr__constant__warmup_steps=0, r1_zero__eval__every=0,
+                                r1_zero__lr__linear__peak=2e-2, r1_zero__lr__linear__warmup_steps=0, r1_zero__eval__every=0,
                                 r1_zero__experts__kind="none", r1_zero__batch_size=16, checkpoint__every=0)
     judge = judge_of(config, tmp_path, experts="none")
     state, _ = fresh(judge)

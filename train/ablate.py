@@ -4,14 +4,19 @@ Cell (name, seed) is what `--config=FILE:NAME@BASE --config.seed=SEED` would run
 seeds: equal initial weights where shapes allow, equal order of data. The A/A arm is the base again on a second, disjoint set of seeds;
 it is part of every table. A finished cell is skipped, a half one resumes, a diverged one stays in the table with its reason (delete
 its folder to run it again). Seeds are the outer loop: a run that was stopped leaves whole pairs.
+
+Several processes may share a table: start the same command as often as there are cores to spare. Each takes the next cell that is not
+done and that none holds (an advisory lock on its folder, gone with its process however that ends); the last to end writes the table.
 """
 from __future__ import annotations
 
 import ast
 import contextlib
 import dataclasses
+import fcntl
 import importlib.util
 import json
+import os
 import pathlib
 import shutil
 import time
@@ -22,7 +27,7 @@ from model.errors import UserError, choice, freeze, leaf, require, user_input
 from train import ablation_table, run_record
 from train.metrics import NOT_THE_RUN, prepare_workdir, write_atomically
 
-JOBS = {"pretrain": "train.pretrain:pretrain", "r1": "train.recipe:r1"}  # what a cell may be
+JOBS = {"pretrain": "train.pretrain:pretrain", "r1": "train.recipe:r1", "rl": "train.rl_loop:rl_job"}  # what a cell may be
 ROOT = pathlib.Path(__file__).parent.parent
 REWRITE_S = 60  # seconds between two tables on the way
 SIGNS = ("up", "down", "same")
@@ -69,8 +74,7 @@ class Cell:
 
 def ablate(config, workdir: str) -> None:
     """The job: config.ablate, config.seed (the first seed), config.stop_after_s. The table is rewritten on the way."""
-    spec = freeze(Ablate, config.ablate, "ablate")
-    limit, began = leaf(config, "stop_after_s", float, "config"), time.monotonic()
+    spec, limit = freeze(Ablate, config.ablate, "ablate"), leaf(config, "stop_after_s", float, "config")
     module = load(spec.file)
     notes = {name: read_note(edit) for name, edit in module.ABLATIONS.items() if name in spec.names}
     todo = cells(spec, leaf(config, "seed", int, "config"), module.get_config, pathlib.Path(workdir))
@@ -78,23 +82,58 @@ def ablate(config, workdir: str) -> None:
         check(cell)
     path = prepare_workdir(workdir, config)
     write_atomically(path / "edits.json", json.dumps(notes, indent=1) + "\n")
-    taken, shown = [], time.monotonic()
-    try:
-        for i, cell in enumerate(todo):
-            left, before = limit - (time.monotonic() - began) if limit else 0.0, time.monotonic()
-            state = run_cell(cell, left, spec.checkpoints) if left > 0 or not limit else "stopped"
-            if state == "stopped":
-                print(f"ablate: stopped after {limit:.0f} s in {cell.arm} seed {cell.seed}; the same command goes on", flush=True)
-                break
-            if state != "skipped":
-                taken.append(time.monotonic() - before)
-                eta = f", about {sum(taken) / len(taken) * (len(todo) - i - 1) / 60:.0f} min left"
-                print(f"ablate {i + 1}/{len(todo)}  {cell.arm} seed {cell.seed}: {state} in {taken[-1]:.0f} s{eta}", flush=True)
-                if time.monotonic() - shown > REWRITE_S:
+    with opened(path) as desk:
+        fcntl.flock(desk, fcntl.LOCK_SH)  # every process at work has it; waits for a table that is being written
+        try:
+            work(todo, spec.checkpoints, limit, path, desk)
+        finally:
+            if hold(desk):
+                print(f"{ablation_table.text(ablation_table.collect(path))}\nreport: {ablation_table.write(path)}")
+            else:
+                print("ablate: others are at work here, the last one writes the table", flush=True)
+
+
+def work(todo: list[Cell], checkpoints: str, limit: float, path: pathlib.Path, desk: int) -> None:
+    """Runs what is to be done of todo, in turn, for `limit` seconds (0: all); the table on the way is for whoever works alone."""
+    began = shown = time.monotonic()
+    first = None
+    for i, cell in enumerate(todo):
+        left, before = limit - (time.monotonic() - began) if limit else 0.0, time.monotonic()
+        state = run_cell(cell, left, checkpoints) if left > 0 or not limit else "stopped"
+        if state == "stopped":
+            print(f"ablate: stopped after {limit:.0f} s in {cell.arm} seed {cell.seed}; the same command goes on", flush=True)
+            return
+        if state not in ("skipped", "held"):
+            first, now = i if first is None else first, time.monotonic()
+            left = (now - began) / (i - first + 1) * (len(todo) - i - 1)  # cells that others took in between count as done
+            print(f"ablate {i + 1}/{len(todo)}  {cell.arm} seed {cell.seed}: {state} in {now - before:.0f} s, "
+                  f"about {left / 60:.0f} min left", flush=True)
+            if now - shown > REWRITE_S:
+                if hold(desk):
                     ablation_table.write(path)
-                    shown = time.monotonic()
+                fcntl.flock(desk, fcntl.LOCK_SH)
+                shown = time.monotonic()
+
+
+@contextlib.contextmanager
+def opened(folder: pathlib.Path):
+    """A handle that locks can be set on; closing it gives them up."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        yield handle
     finally:
-        print(f"{ablation_table.text(ablation_table.collect(path))}\nreport: {ablation_table.write(path)}")
+        os.close(handle)
+
+
+def hold(handle: int) -> bool:
+    """Whether the handle's folder is ours alone from now on; what was held of it is given up first, so that of several processes which
+    ask at their end one is not refused."""
+    fcntl.flock(handle, fcntl.LOCK_UN)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def cells(spec: Ablate, first_seed: int, get_config: Callable, workdir: pathlib.Path) -> list[Cell]:
@@ -123,21 +162,24 @@ def check(cell: Cell) -> None:
 
 
 def run_cell(cell: Cell, stop_after_s: float, checkpoints: str) -> str:
-    """Runs or goes on with a cell, its console in console.txt: 'skipped', 'done', 'diverged' or 'stopped'."""
-    if ablation_table.status(cell.path) in ("done", "diverged"):
-        return "skipped"
-    module, function = JOBS[cell.config.job].split(":")
-    cell.config.stop_after_s = max(stop_after_s, 0.0)
+    """Runs or goes on with a cell, its console in console.txt: 'skipped', 'held' (by another process), 'done', 'diverged' or 'stopped'."""
     cell.path.mkdir(parents=True, exist_ok=True)
-    with open(cell.path / "console.txt", "a") as console, contextlib.redirect_stdout(console):
-        try:
-            getattr(importlib.import_module(module), function)(cell.config, str(cell.path))
-        except FloatingPointError as error:
-            write_atomically(cell.path / ablation_table.DIVERGED, f"{error}\n")
-    state = ablation_table.status(cell.path)
-    if state == "done" and checkpoints == "drop":
-        shutil.rmtree(cell.path / "checkpoints", ignore_errors=True)
-    return "stopped" if state == "half" else state
+    with opened(cell.path) as handle:
+        if not hold(handle):
+            return "held"
+        if ablation_table.status(cell.path) in ("done", "diverged"):
+            return "skipped"
+        module, function = JOBS[cell.config.job].split(":")
+        cell.config.stop_after_s = max(stop_after_s, 0.0)
+        with open(cell.path / "console.txt", "a") as console, contextlib.redirect_stdout(console):
+            try:
+                getattr(importlib.import_module(module), function)(cell.config, str(cell.path))
+            except FloatingPointError as error:
+                write_atomically(cell.path / ablation_table.DIVERGED, f"{error}\n")
+        state = ablation_table.status(cell.path)
+        if state == "done" and checkpoints == "drop":
+            shutil.rmtree(cell.path / "checkpoints", ignore_errors=True)
+        return "stopped" if state == "half" else state
 
 
 def read_note(edit: Callable) -> dict:
@@ -191,5 +233,5 @@ def as_json(config) -> dict:
 
 
 def comparable(config: dict) -> dict:
-    """The leaves that decide a cell's numbers."""
-    return {k: v for k, v in run_record.flatten(config).items() if k.split(".")[0] not in NOT_THE_RUN}
+    """The leaves that decide a cell's numbers; those of kinds not chosen do not, so that a new kind leaves a table as it is."""
+    return {k: v for k, v in run_record.leaves_read(config).items() if k.split(".")[0] not in NOT_THE_RUN}

@@ -37,19 +37,15 @@ def _rise(run: Run, key: str) -> float | None:
     return seen[-1] - seen[0] if len(seen) > 1 else None
 
 
-def _change(key: str) -> Callable[[Run, str], float | None]:
-    """What a run moved between its first evaluation and its last."""
-    def of(run: Run, _: str) -> float | None:
-        values = [line[key] for line in run.named("evaluation") if line.get(key) is not None]
-        return values[-1] - values[0] if len(values) > 1 else None
-
-    return of
+def _log(value: float | None) -> float | None:
+    return None if value is None else float(np.log(value))
 
 
 # name -> (run, what stands behind '/' in the config) -> value; None where the run has none
 METRICS: Mapping[str, Callable[[Run, str], float | None]] = {
     "bits_per_byte": _closing,  # mean of the domains, or one: bits_per_byte/code
     "main_loss": lambda run, _: run.tail_mean("main_loss"),
+    "log_main_loss": lambda run, _: _log(run.tail_mean("main_loss")),  # a difference is the relative error of the smoothed loss
     "max_violation": lambda run, _: run.tail_mean("moe/max_violation"),
     "tokens_per_s": lambda run, _: float(np.median(run.series("tokens_per_s")[1])) if len(run.series("tokens_per_s")[0]) else None,
     "evaluation": _evaluation,  # evaluation/pass_at_1: a number of the run's last evaluation

@@ -120,7 +120,7 @@ def describe_model(config: dict[str, Any]) -> list[str]:
         return []
     n, kind = cfg.num_params(), config["model"]["attention"]["kind"]
     words = [f"The model has {count(n['total'])} parameters, {count(n['activated'])} of them at work on each token, in {cfg.n_layers} "
-             f"layers of width {cfg.d_model} with {ATTENTION[kind]}."]
+             f"layers of width {cfg.d_model} with {ATTENTION.get(kind, f'{kind} attention')}."]
     if cfg.moe:
         shared = f" beside {cfg.moe.n_shared_experts} shared" if cfg.moe.n_shared_experts else ""
         first = f"The first {'layer is' if cfg.n_dense_layers == 1 else f'{cfg.n_dense_layers} layers are'} dense; each other"
@@ -193,12 +193,13 @@ def experts(run: Run, stage: str | None) -> str:
             lines = [Curve(f"expert {e}", at, bias[:, i, e]) for e in range(bias.shape[2])]
             pictures.append(page.picture(plots.curves(folder / f"{prefix}bias_{i}.png", f"Router bias of {name}", lines,
                                                       legend=len(lines) <= 8)))
-    by_domain = (run.last("domain_load") or {}).get("load") or {}
+    by_domain = (run.last("eval") or {}).get("domain_load") or {}
     for i, name in enumerate(names if by_domain else []):
         per = np.array([layers[i] for layers in by_domain.values() if len(layers) > i], np.float64)
         if len(per) == len(by_domain):
             path = folder / f"{prefix}domains_{i}.png"
-            pictures.append(page.picture(plots.table_map(path, f"Load of {name} by domain", list(by_domain), per)))
+            pictures.append(page.picture(plots.table_map(path, f"Load of {name} by domain", list(by_domain), per),
+                                         "Held-out tokens at the last evaluation, each domain against its own even share."))
     return "".join([
         page.paragraph(
             "Which experts the tokens of each step went to, as multiples of the even share: white is even, red too many, blue too few.",

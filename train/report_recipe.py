@@ -18,10 +18,12 @@ TITLE = "DeepSeek-R1 in miniature"
 ZERO = ("r1_zero", "r1-zero", "zero")  # names under which the stage of pure RL is looked for
 SHARES = {"length": "tokens", "format": "format", "consistency": "one language", "worked": "worked",
           "worked_right": "worked, right", "direct_right": "direct, right"}
+TASK = ("A problem names a rule and its digits, such as 'sum 1 2 3 _ _ _ _ ='; an answer gives the result at once or writes the result "
+        "after each digit first, which is called worked. Lengths leave out tags and the end.")
 REJECTION = ("sampled", "right", "formatted", "one_language", "not_lucky", "unique", "general")
 # step metric -> title, and what it means
 RL_CURVES = {
-    "completions/mean_length": ("Length of answers", "Mean tokens of an answer during RL."),
+    "completions/mean_length": ("Length of rollouts", "Mean tokens of an answer during RL, tags and end counted."),
     "worked": ("Share of worked answers", "Share of answers that write their steps down before the result."),
     "entropy": ("Entropy", "Mean entropy of the policy's tokens, nats."),
     "kl": ("KL to the reference", "k3 estimate, nats a token."),
@@ -64,11 +66,12 @@ def evaluations(run: Run) -> dict[str, dict[str, Any]]:
 
 def result(run: Run) -> str:
     """What RL did, in words; the claims of the paper, held or not."""
-    shown = [page.paragraph(*in_words(run)), page.paragraph(*gates(run))]
-    rows = [(c.get("claim"), page.badge(bool(c.get("held")), "held" if c.get("held") else "not held"), c.get("value"),
-             interval(c.get("low"), c.get("high"))) for c in run.named("claim")]
+    shown = [page.paragraph(TASK), page.paragraph(*in_words(run)), page.paragraph(*gates(run))]
+    rows = [(c.get("claim"), page.badge(bool(c.get("held")), "held" if c.get("held") else "not held"),
+             with_interval(dict(d=c.get("value"), d_low=c.get("low"), d_high=c.get("high")), "d")) for c in run.named("claim")]
     if rows:
-        shown.append(page.table(("claim of the paper", "on this seed", "measured", "95 % interval"), rows))
+        shown.append(page.table(("claim of the paper", "here", "difference"), rows,
+                                "Judged on this run's own numbers; under a difference its 95 % interval."))
     wanted, seen = list((run.config.get("recipe") or {}).get("stages") or ()), [s for s in run.stages if s]
     left = [s for s in wanted if s not in seen]
     if left:
@@ -84,7 +87,7 @@ def gates(run: Run) -> list[str]:
     rounds = ", ".join(f"{100 * (e.get('worked_right') or 0):.0f} % at step {e['step']}" for e in found)
     passed = "it passed" if found[-1].get("passed") else "it did not pass, so RL has little to choose from"
     asked = 100 * found[-1].get("threshold", 0)
-    return [f"The gate before RL asks that worked answers be right {asked:.0f} % of the time: {rounds}; {passed}."]
+    return [f"The gate before RL asks that worked answers with tags be right {asked:.0f} % of the time: {rounds}; {passed}."]
 
 
 def in_words(run: Run) -> list[str]:
@@ -134,7 +137,7 @@ def stage_table(run: Run) -> str:
     votes = {k: k.replace("cons_at_", "cons@") for e in last.values() for k in e if k.startswith("cons_at_") and k[8:].isdigit()}
     names = {"pass_at_1": "pass@1"} | votes | SHARES
     keys = [k for k in names if any(k in e for e in last.values())]
-    rows = [(stage, *(with_interval(e, k) for k in keys)) for stage, e in last.items()]
+    rows = [(with_source(run, stage), *(with_interval(e, k) for k in keys)) for stage, e in last.items()]
     shown = [page.table(("after stage", *(names[k] for k in keys)), rows,
                         "Held-out problems, sampled at temperature 1 where not said otherwise; 95 % intervals.")]
     dots = [(s, e["pass_at_1"], e.get("pass_at_1_low"), e.get("pass_at_1_high")) for s, e in last.items() if "pass_at_1" in e]
@@ -177,6 +180,13 @@ def with_interval(values: dict[str, Any], key: str) -> Any:
     return page.Html(f'{page.number(value)}<div class="under">{interval(low, high)}</div>')
 
 
+def with_source(run: Run, stage: str) -> Any:
+    """The stage's name; beneath it what it does and from where."""
+    made = run.config.get(stage) or {}
+    told = " from ".join(str(made[k]) for k in ("job", "init_from") if made.get(k))
+    return page.Html(f'{page.text(stage)}<div class="under">{page.text(told)}</div>') if told else stage
+
+
 def interval(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"[{page.number(low)}, {page.number(high)}]"
 
@@ -196,12 +206,14 @@ def rl_curves(run: Run, stages: list[str], name: str) -> str:
             shown.append((plots.curves(folder / f"{name}_{key}.png", title, lines, from_zero=True, share=share), caption))
 
     evaluated("pass_at_1", "Accuracy on held-out problems", "pass@1 against RL steps, with its 95 % interval.", share=True)
-    evaluated("length", "Tokens of an answer", "Length of held-out answers against RL steps.")
+    evaluated("length", "Length of answers", "Tokens of held-out answers against RL steps, without tags and end.")
     for stage, part in parts:
         names = sorted({k for line in part.steps for k in line if k.startswith("reward/") and not k.endswith("std")})
         lines = [Curve(k.split("/", 1)[1], *part.series(k), smooth=True) for k in names if part.series(k)[0].size]
         title = "Reward" if len(parts) == 1 else f"Reward in {stage}"
-        shown.append((plots.curves(folder / f"{stage}_reward.png", title, lines), "Mean reward, and each function's part."))
+        weights = {k: w for k, w in ((run.config.get(stage) or {}).get("rewards") or {}).items() if w}
+        sums = " + ".join(f"{w:g} {k.replace('_', ' ')}" for k, w in weights.items()) or "the weighted sum"
+        shown.append((plots.curves(folder / f"{stage}_reward.png", title, lines), f"Each function's mean; the mean reward is {sums}."))
     for key, (title, caption) in RL_CURVES.items():
         lines = [Curve(stage, *part.series(key), smooth=True) for stage, part in parts if part.series(key)[0].size]
         if lines:

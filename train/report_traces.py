@@ -77,7 +77,7 @@ function meta(r) {
   const m = make('div', 'meta');
   if (r.right !== null) { m.append(make('span', 'badge ' + (r.right ? 'good' : 'bad'), r.right ? 'right' : 'wrong'), ' '); }
   m.append([r.stage, 'step ' + r.step, r.length + ' tokens', r.reward === null ? '' : 'reward ' + (+r.reward).toFixed(2),
-    r.answer === null ? '' : 'answer ' + r.answer].filter(Boolean).join(' · '));
+    r.answer === null ? '' : 'gold ' + r.answer].filter(Boolean).join(' · '));
   if (r.mixed) m.append(' ', make('span', 'badge grey', 'mixed'));
   return m;
 }
@@ -94,7 +94,7 @@ function draw() {
       pair.append(side); }
     return box;
   }));
-  at('counted').textContent = chosen.length + (b.value ? ' prompts in both' : ' traces');
+  at('counted').textContent = chosen.length + (b.value ? ' prompts in both, chosen by ' + a.value : ' traces');
   more.hidden = chosen.length <= shown;
 }
 for (const x of buttons) x.onclick = () => { filter = x.dataset.filter; shown = 12;

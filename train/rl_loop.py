@@ -100,7 +100,6 @@ def rl_job(config, workdir: str, name: str = "rl", stage: str | None = None) -> 
     with named_input("data", "tokenizer"):
         tasks, tokenizer = corpus.parse(config.data).tasks, tokenizers.parse(config.tokenizer)
     require(s.cfg.mtp_depth == 0, "model.mtp_depth", s.cfg.mtp_depth, "0: RL trains no MTP module (edits=('model.mtp_depth=0',))")
-    require(spec.experts != "replay" or s.mesh.size == 1, f"{name}.experts.kind", spec.experts, "none or compare on more than one device")
     require(spec.experts != "replay" or s.cfg.moe is not None, f"{name}.experts.kind", spec.experts, "none for a model without experts")
     check_rewards(spec, tasks)
     loss = policy_loss(spec.loss, spec.beta > 0, spec.max_new, spec.experts if s.cfg.moe else "none")
