@@ -86,6 +86,7 @@ def test_plain_grouped_fp8_kernel_agrees_with_the_reference(rng):
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_grouped_bf16_kernel_agrees_with_the_reference_in_interpret_mode(rng):
     bf16 = lambda *shape: jnp.asarray(rng.standard_normal(shape), BF16)  # noqa: E731
     some, whole = jnp.array([130, 0, 67], I32), jnp.array([128, 0, 256], I32)

@@ -52,7 +52,7 @@ def full_forward(rows, experts=None):
     return total(rows, experts)
 
 
-@pytest.mark.parametrize("attention", ["mla", "gqa", pytest.param("gated", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("attention", ["mla", pytest.param("gqa", marks=pytest.mark.slow), pytest.param("gated", marks=pytest.mark.slow)])
 def test_cached_decoding_equals_the_full_forward_in_float64(attention):
     cfg, run, params, bias = weights(attention)
     with jax.enable_x64(True):

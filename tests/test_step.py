@@ -85,6 +85,7 @@ def test_micro_batches_and_a_partly_filled_ramp_equal_the_whole_batch(model, rng
         assert max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(whole.opt_state)) > 1e-3
 
 
+@pytest.mark.slow
 def test_rows_without_segment_ids_count_only_where_a_micro_batch_is_filled(model, rng):
     """Packed end to end (V3 §4.1) a batch has no segment ids: the balance loss must still be shared by the real rows alone."""
     _, step, state = model
