@@ -28,6 +28,7 @@ from model.sharding import by_rows
 from pallas_kernels import fp8_matmul, grouped_fp8_matmul, quantize
 
 CACHED_WIDE = frozenset({"mla/out", "gqa/out"})
+DISPATCHED = frozenset({"moe/gate_up", "moe/shared_gate_up"})  # what travels has power-of-two scales (V3 §3.3.3); one copy serves both
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ def quantize_input(x, site: str, recipe: Recipe, gate_up=None, past=None):
     elif site in CACHED_WIDE:
         cached = by_rows(lambda x: quantize.quantize_tiles(x, (1, 128), "e5m6", power_of_two=True), x)
     else:
-        cached = by_rows(quantize.quantize_tiles, x)
+        cached = by_rows(functools.partial(quantize.quantize_tiles, power_of_two=site in DISPATCHED), x)
     return checkpoint_name(cached, f"{site}/input")
 
 

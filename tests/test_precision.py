@@ -57,8 +57,10 @@ def test_the_input_after_attention_is_cached_wider(rng):
     x, _, prepared, dy = operands(rng, "fp8_block")
     cached, scale = fp8_linear.quantize_input(x, "mla/out", fp8_linear.RECIPES["fp8_block"])
     assert cached.dtype == jnp.float16 and np.all(np.log2(np.asarray(scale)) % 1 == 0)
-    plain = fp8_linear.quantize_input(x, "mla/q_up", fp8_linear.RECIPES["fp8_block"])[0]
-    assert plain.dtype == jnp.float8_e4m3fn
+    plain, scale = fp8_linear.quantize_input(x, "mla/q_up", fp8_linear.RECIPES["fp8_block"])
+    assert plain.dtype == jnp.float8_e4m3fn and np.any(np.log2(np.asarray(scale)) % 1 != 0)
+    travels, scale = fp8_linear.quantize_input(x, "moe/gate_up", fp8_linear.RECIPES["fp8_block"])
+    assert travels.dtype == jnp.float8_e4m3fn and np.all(np.log2(np.asarray(scale)) % 1 == 0)
     exact = np.asarray(dy, np.float64).T @ np.asarray(x, np.float64)
     wide, narrow = (error(backward(x, prepared, dy, run_of("fp8_block"), site)[2], exact) for site in ("mla/out", "ffn/down"))
     assert wide < narrow  # E5M6 and power-of-two scales: re-tiling adds less

@@ -156,7 +156,7 @@ def leave(code: int) -> int:
 
 def give_up(error: Exception) -> None:
     """Raises error again, or, where it says that another process is gone, ends this one with one line."""
-    if not (several() and re.search(r"Gloo|Connection (reset|closed)|closed by peer|heartbeat|coordination", str(error))):
+    if not (several() and re.search(r"Gloo|NCCL|Connection (reset|closed)|closed by peer|heartbeat|coordination", str(error))):
         raise error
     import jax
 
