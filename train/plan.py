@@ -184,7 +184,7 @@ def split_layers(cfg, n_stages: int) -> list[dict[str, int]]:
 def kept_bytes(cfg, run, n_shards: int, n_tensor: int, n_tokens: int) -> dict[str, float]:
     """Bytes a token that a layer keeps for its backward: dense, moe (by run.remat), and dense_whole, moe_whole (nothing recomputed).
 
-    Attention is the fused one (q, k, v padded to their width, its output, a log-sum a head). The MoE rows are the static worst case
+    Attention is the fused one (q, k, v, its output, a log-sum a head). The MoE rows are the static worst case
     of the one-hop exchange: a device makes room for every choice of the n_shards shards it gathers from.
     """
     a = 4 if run.precision.dtype in (None, jnp.float32) else 2
@@ -195,7 +195,7 @@ def kept_bytes(cfg, run, n_shards: int, n_tensor: int, n_tokens: int) -> dict[st
     if hasattr(att, "kv_lora_rank"):
         C, Q, wide = att.kv_lora_rank, att.q_lora_rank, att.qk_head_dim
         attention = kept * D * (2 if fp8 else 1) + (a + kept) * Q + a * (C + att.qk_rope_head_dim) + (a + kept) * C
-        attention += heads * (4 * a * wide + 4 + (2 if fp8 else a) * att.v_head_dim)
+        attention += heads * (2 * a * (wide + att.v_head_dim) + 4 + (2 if fp8 else a) * att.v_head_dim)
     else:
         attention = kept * D + a * att.head_dim * (3 * heads + 2 * att.n_kv_heads) + 4 * heads
     attention += a * D  # the residual stream at the norm
