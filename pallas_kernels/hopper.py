@@ -7,6 +7,8 @@ Each function returns (or is) the body of one `plgpu.inline_mgpu` call. They exi
     copies take all 128 lanes of the warpgroup, for each copy.
 Letters: S stages; slot, parity: the stage in turn and the phase of its barriers.
 """
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,6 +119,20 @@ def cluster_sync(cluster):
         _void("bar.sync 0;", [], "~{memory}")
 
 
+@contextlib.contextmanager
+def _filling(bars_ref, stages, slot, parity, size):
+    """What one thread does once stage `slot` is free: it tells the stage's barrier how many bytes come, and yields it for their copies."""
+    base = _address(bars_ref)
+    offset = arith.muli(slot, _i32(8))
+    warp = arith.remui(utils.warp_idx(sync=True), _i32(4))
+    with utils.when(arith.cmpi(arith.CmpIPredicate.eq, warp, _i32(0))):
+        _wait(arith.addi(base, arith.addi(offset, _i32(8 * stages))), arith.xori(parity, _i32(1)))
+        with utils.when(nvvm.elect_sync()):
+            full = arith.addi(base, offset)
+            _void("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [$0], $1;", [full, _i32(size)], "r,r,~{memory}")
+            yield utils.BarrierRef(llvm.inttoptr(ir.Type.parse("!llvm.ptr<3>"), full), _i32(0), None, 1)
+
+
 def produce(stages, tile_m, tile_n, cluster, row_scales):
     """Waits until stage `slot` is free, then has one thread start the TMA copies that fill it.
 
@@ -125,35 +141,25 @@ def produce(stages, tile_m, tile_n, cluster, row_scales):
     def body(ctx, a_gmem, b_gmem, sa_gmem, sb_gmem, a_smem, b_smem, sa_smem, sb_smem, bars_ref,
              slot, parity, row, col, k):
         slot, parity, row, col, k = map(_scalar, (slot, parity, row, col, k))
-        base = _address(bars_ref)
-        offset = arith.muli(slot, _i32(8))
-        warp = arith.remui(utils.warp_idx(sync=True), _i32(4))
-        with utils.when(arith.cmpi(arith.CmpIPredicate.eq, warp, _i32(0))):
-            _wait(arith.addi(base, arith.addi(offset, _i32(8 * stages))), arith.xori(parity, _i32(1)))
-            with utils.when(nvvm.elect_sync()):
-                full = arith.addi(base, offset)
-                size = (tile_m + tile_n) * BLOCK_K + tile_m * 4 + (tile_n * 4 if row_scales else 0)
-                _void("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [$0], $1;",
-                      [full, _i32(size)], "r,r,~{memory}")
-                pointer = llvm.inttoptr(ir.Type.parse("!llvm.ptr<3>"), full)
-                barrier = utils.BarrierRef(pointer, _i32(0), None, 1)
-                k_col = arith.muli(k, _i32(BLOCK_K))
+        size = (tile_m + tile_n) * BLOCK_K + tile_m * 4 + (tile_n * 4 if row_scales else 0)
+        with _filling(bars_ref, stages, slot, parity, size) as barrier:
+            k_col = arith.muli(k, _i32(BLOCK_K))
 
-                # Without a transform TMA clips at any edge and starts at any row; 8-row tiles of 128 columns are one
-                # contiguous piece of SMEM.
-                def copy(src, dst, at, shape, swizzle, shared):
-                    dst = utils.memref_reshape(utils.memref_slice(dst, _index(slot)), tuple(n for n in shape if n))
-                    ctx.async_copy(
-                        src_ref=src, dst_ref=dst, barrier=barrier, arrive=False, swizzle=swizzle, predicate=None,
-                        gmem_slice=tuple(utils.DynamicSlice(_index(i), n) if n else _index(i)
-                                         for i, n in zip(at, shape, strict=True)),
-                        collective=gpu.Dimension.x if shared and cluster > 1 else None)
+            # Without a transform TMA clips at any edge and starts at any row; 8-row tiles of 128 columns are one
+            # contiguous piece of SMEM.
+            def copy(src, dst, at, shape, swizzle, shared):
+                dst = utils.memref_reshape(utils.memref_slice(dst, _index(slot)), tuple(n for n in shape if n))
+                ctx.async_copy(
+                    src_ref=src, dst_ref=dst, barrier=barrier, arrive=False, swizzle=swizzle, predicate=None,
+                    gmem_slice=tuple(utils.DynamicSlice(_index(i), n) if n else _index(i)
+                                     for i, n in zip(at, shape, strict=True)),
+                    collective=gpu.Dimension.x if shared and cluster > 1 else None)
 
-                copy(a_gmem, a_smem, (row, k_col), (tile_m, BLOCK_K), 128, True)
-                copy(b_gmem, b_smem, (col, k_col), (tile_n, BLOCK_K), 128, False)
-                copy(sa_gmem, sa_smem, (k, row), (None, tile_m), None, True)
-                if row_scales:
-                    copy(sb_gmem, sb_smem, (k, col), (None, tile_n), None, False)
+            copy(a_gmem, a_smem, (row, k_col), (tile_m, BLOCK_K), 128, True)
+            copy(b_gmem, b_smem, (col, k_col), (tile_n, BLOCK_K), 128, False)
+            copy(sa_gmem, sa_smem, (k, row), (None, tile_m), None, True)
+            if row_scales:
+                copy(sb_gmem, sb_smem, (k, col), (None, tile_n), None, False)
 
     return body
 
@@ -165,34 +171,24 @@ def produce_bf16(stages, tile_n, cluster, major):
 
     def body(ctx, a_gmem, b_gmem, a_smem, b_smem, bars_ref, slot, parity, row, col, first, k):
         slot, parity, row, col, first, k = map(_scalar, (slot, parity, row, col, first, k))
-        base = _address(bars_ref)
-        offset = arith.muli(slot, _i32(8))
-        warp = arith.remui(utils.warp_idx(sync=True), _i32(4))
-        with utils.when(arith.cmpi(arith.CmpIPredicate.eq, warp, _i32(0))):
-            _wait(arith.addi(base, arith.addi(offset, _i32(8 * stages))), arith.xori(parity, _i32(1)))
-            with utils.when(nvvm.elect_sync()):
-                full = arith.addi(base, offset)
-                _void("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [$0], $1;",
-                      [full, _i32((256 + tile_n) * 128)], "r,r,~{memory}")
-                pointer = llvm.inttoptr(ir.Type.parse("!llvm.ptr<3>"), full)
-                barrier = utils.BarrierRef(pointer, _i32(0), None, 1)
+        with _filling(bars_ref, stages, slot, parity, (256 + tile_n) * 128) as barrier:
 
-                def copy(src, dst, kind, at, rows, shared):
-                    shape = (rows, 64) if kind == "k" else (64, rows)
-                    if kind == "k":
-                        dst = utils.memref_reshape(dst, shape)
-                    ctx.async_copy(
-                        src_ref=src, dst_ref=dst, barrier=barrier, arrive=False, swizzle=128, predicate=None,
-                        gmem_slice=tuple(utils.DynamicSlice(_index(i), n) for i, n in zip(at, shape, strict=True)),
-                        gmem_transform=() if kind == "k" else (lc.TileTransform((8, 64)),),
-                        collective=gpu.Dimension.x if shared and cluster > 1 else None)
+            def copy(src, dst, kind, at, rows, shared):
+                shape = (rows, 64) if kind == "k" else (64, rows)
+                if kind == "k":
+                    dst = utils.memref_reshape(dst, shape)
+                ctx.async_copy(
+                    src_ref=src, dst_ref=dst, barrier=barrier, arrive=False, swizzle=128, predicate=None,
+                    gmem_slice=tuple(utils.DynamicSlice(_index(i), n) for i, n in zip(at, shape, strict=True)),
+                    gmem_transform=() if kind == "k" else (lc.TileTransform((8, 64)),),
+                    collective=gpu.Dimension.x if shared and cluster > 1 else None)
 
-                for half in range(2):
-                    at = arith.addi(row, _i32(128 * half))
-                    copy(a_gmem, utils.memref_slice(a_smem, (_index(slot), half)), major[0],
-                         (at, k) if major[0] == "k" else (k, at), 128, True)
-                at = (arith.addi(first, col), k) if major[1] == "k" else (arith.addi(first, k), col)
-                copy(b_gmem, utils.memref_slice(b_smem, _index(slot)), major[1], at, tile_n, False)
+            for half in range(2):
+                at = arith.addi(row, _i32(128 * half))
+                copy(a_gmem, utils.memref_slice(a_smem, (_index(slot), half)), major[0],
+                     (at, k) if major[0] == "k" else (k, at), 128, True)
+            at = (arith.addi(first, col), k) if major[1] == "k" else (arith.addi(first, k), col)
+            copy(b_gmem, utils.memref_slice(b_smem, _index(slot)), major[1], at, tile_n, False)
 
     return body
 
