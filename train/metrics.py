@@ -21,8 +21,8 @@ import numpy as np
 from model.errors import UserError, choice
 from train import cluster
 
-# subtrees that may change between the parts of a run: how long it lasts, and what looks at it afterwards
-NOT_THE_RUN = ("resume", "stop_after_s", "checkpoint", "report", "eval", "sample")
+# subtrees that may change between the parts of a run: how long it lasts, what looks at it afterwards, and jobs that time or count
+NOT_THE_RUN = ("resume", "stop_after_s", "checkpoint", "report", "eval", "sample", "speed", "scaling", "plan", "probe", "export_hf")
 
 
 class Logger:
