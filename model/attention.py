@@ -280,7 +280,7 @@ def core(q_BTHK, k_BSGK, v_BSGP, layout: Layout, scale: float, run):
 
 def _cudnn(q, k, v, scale: float):
     """Causal attention by cuDNN, v narrower than q and k as MLA's is. `jax.nn.dot_product_attention` would want v padded to their width;
-    the function beneath it takes them as they are (jax is pinned, and a test on the GPU holds it)."""
+    the function beneath it takes them as they are (jax is pinned; tests/test_attention.py holds it on a GPU)."""
     return fused_attention_stablehlo.dot_product_attention(
         q, k, v, scale=scale, mask_type=fused_attention_stablehlo.MaskType.CAUSAL, qkv_layout="BTNH")
 

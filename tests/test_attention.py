@@ -105,3 +105,21 @@ def test_gated_is_refused_by_hugging_face_in_one_line():
     with pytest.raises(UserError, match="model.attention.kind: found 'Gated', allowed: mla") as error:
         hf_config.write(tiny(attention__kind="gated"), "float32", fp8=False)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.gpu
+def test_cudnn_takes_v_narrower_than_q_and_k_forwards_and_backwards():
+    """V3's head (192 and 128) against the plain path in float32: bf16's rounding apart. The function beneath JAX's public one is used."""
+    B, T, H, K, P = 2, 256, 4, 192, 128
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, g = (jax.random.normal(key, (B, T, H, width), jnp.bfloat16) for key, width in zip(keys, (K, K, P, P), strict=True))
+    layout = attention.Layout(None, jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T)), causal_only=True)
+
+    def run(kind, *qkv):
+        out, pull = jax.vjp(lambda *qkv: attention.core(*qkv, layout, K ** -0.5, Execution(attention=kind)), *qkv)
+        return (out, *pull(g.astype(out.dtype)))
+
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    with jax.default_matmul_precision("highest"):
+        for got, want in zip(jax.jit(lambda *a: run("cudnn", *a))(q, k, v), jax.jit(lambda *a: run("xla", *a))(*wide), strict=True):
+            assert jnp.linalg.norm(got.astype(jnp.float32) - want) < 2e-2 * jnp.linalg.norm(want)
