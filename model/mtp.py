@@ -20,6 +20,12 @@ from model.sharding import normal, param
 from model.tape import LayerTape
 
 
+def join(params, hidden, embedding, cfg, run):
+    """Eq. 21: the norms of embedding and hidden [B, T, D] side by side, projected 2D -> D. params: enorm, hnorm, proj."""
+    sides = rms_norm(embedding, params["enorm"], cfg.norm_eps), rms_norm(hidden, params["hnorm"], cfg.norm_eps)
+    return precision.linear(jnp.concatenate(sides, axis=-1), params["proj"], run, "mtp/proj")
+
+
 class MTPModule(nn.Module):
     """(hidden [B, T, D], embedding of the next token [B, T, D]) -> (hidden [B, T, D] after its own norm, Routing or None)."""
 
@@ -31,8 +37,7 @@ class MTPModule(nn.Module):
         cfg, D = self.cfg, hidden.shape[-1]
         enorm, hnorm, norm = (norm_param(self, name, D) for name in ("enorm", "hnorm", "norm"))
         w = param(self, "proj", (D, 2 * D), ("embed", "embed_in"), normal(cfg.init_std))
-        joined = jnp.concatenate([rms_norm(embedding, enorm, cfg.norm_eps), rms_norm(hidden, hnorm, cfg.norm_eps)], axis=-1)
-        x = precision.linear(joined, w, self.run, "mtp/proj")
+        x = join(dict(enorm=enorm, hnorm=hnorm, proj=w), hidden, embedding, cfg, self.run)
         x, routing, _ = Block(cfg, self.run, name="block")(x, layout, bias_E, valid_BT, None, LayerTape())
         return rms_norm(x, norm, cfg.norm_eps), routing
 

@@ -11,7 +11,7 @@ forward = jax.jit(transformer.apply, static_argnames=("cfg", "run"))
 
 
 def tiny_config(**edits):
-    """config.model of a V3 with every part, d_model 32; edits are 'path.to.leaf' with dots written as double underscores."""
+    """config.model of a V3 with every part, d_model 32, and these edits."""
     config = deepseek_v3.get_config("tiny").model
     config.update(dict(vocab_size=61, d_model=32, n_layers=3, n_dense_layers=1, d_ff=48, init_std=0.2, mtp_depth=1))
     config.attention.mla.update(dict(n_heads=2, q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=10))
@@ -19,6 +19,11 @@ def tiny_config(**edits):
         config.attention[kind].update(dict(n_heads=4, head_dim=8))
     config.attention.gqa.n_kv_heads = 2
     config.ffn.moe.update(dict(n_routed_experts=8, n_activated_experts=2, d_expert=20))
+    return edited(config, edits)
+
+
+def edited(config, edits: dict):
+    """config with these leaves: 'path.to.leaf', dots written as double underscores."""
     for path, value in edits.items():
         *parents, leaf = path.split("__")
         node = config

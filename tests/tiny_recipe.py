@@ -1,9 +1,11 @@
 """The smallest recipe that tests share: configs/r1.py:smoke on a model of width 16."""
+from tiny_model import edited
+
 from configs import r1
 
 
 def config(*stages, **edits):
-    """The smoke recipe with these stages; edits are 'path.to.leaf' with dots written as double underscores."""
+    """The smoke recipe with these stages and edits."""
     c = r1.get_config("smoke")
     c.model.update(dict(d_model=16, n_layers=2, n_dense_layers=1, d_ff=24, mtp_depth=0, init_std=0.2))
     c.model.attention.mla.update(dict(
@@ -18,10 +20,4 @@ def config(*stages, **edits):
             c[name].beta = 0.0  # a reference is one more program to compile
     if stages:
         c.recipe.stages = stages
-    for path, value in edits.items():
-        *parents, leaf = path.split("__")
-        node = c
-        for parent in parents:
-            node = node[parent]
-        node[leaf] = value
-    return c
+    return edited(c, edits)

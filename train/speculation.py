@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from model import precision, transformer
+from model import mtp, transformer
 from model.config import Execution, ModelConfig
 from model.dtypes import at_least_f32
 from model.errors import require
@@ -111,16 +111,14 @@ def _hidden(params, router_bias, cache, tokens, n_valid, cfg, run):
 
 def _propose(params, router_bias, cache: Cache, hidden, following, n_valid, keys, index, temperature, top_p, cfg, run):
     """Runs MTP module 1 on hidden [1, T, D] and the tokens that follow them [1, T] -> (draft of `index`, its q [V], cache)."""
-    mtp = jax.tree.map(lambda leaf: leaf[0], {k: v for k, v in params["mtp"].items() if k != "block"})
-    norm = lambda x, name: rms_norm(x, mtp[name], cfg.norm_eps)  # noqa: E731
-    joined = jnp.concatenate([norm(transformer.embed(params, following, cfg, run), "enorm"), norm(hidden, "hnorm")], axis=-1)
-    x = precision.linear(joined, mtp["proj"], run, "mtp/proj")
+    first = jax.tree.map(lambda leaf: leaf[0], {k: v for k, v in params["mtp"].items() if k != "block"})
+    x = mtp.join(first, hidden, transformer.embed(params, following, cfg, run), cfg, run)
     n_moe = cfg.n_moe_layers if cfg.moe else 0
     aux = dict(positions=None, segment_ids=None, cache=cache, n_valid=n_valid,
                router_bias=None if router_bias is None else router_bias[n_moe:n_moe + 1])
     layers = {"moe" if cfg.moe else "dense": jax.tree.map(lambda leaf: leaf[:1], params["mtp"]["block"])}
     x, staged = transformer.stage(layers, x, aux, cfg, run)
-    last = norm(x, "norm")[0, n_valid[0] - 1]
+    last = rms_norm(x, first["norm"], cfg.norm_eps)[0, n_valid[0] - 1]
     q = _probabilities(transformer.head(params, last[None])[0], temperature, top_p)
     draft = _pick(q, jax.random.fold_in(jax.random.fold_in(keys[0], index), DRAFT))
     return draft, q, Cache(staged.kv, cache.lengths + n_valid)
