@@ -38,7 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
         report=dict(runs=()),
     ))
     if arg == "gpu":
-        config.ablate.edits = (*config.ablate.edits, "run.precision.kind=bf16", "mesh.fsdp=1")
+        config.ablate.edits = (*config.ablate.edits, "run.precision.kind=bf16", "run.attention.kind=xla", "mesh.fsdp=1")
     if arg == "smoke":
         config.ablate.update(dict(names=("mqa", "no_mtp"), seeds=2, edits=(
             *config.ablate.edits, "pretrain.steps=30", "pretrain.batch_size=4", "pretrain.seq_len=64", "pretrain.eval.max_bytes=4000",
