@@ -243,20 +243,20 @@ def compile_and_run(config, spec: Plan, cfg, run, optimizer) -> dict:
             "arguments, GiB": round(memory.argument_size_in_bytes / GIB, 3),
             "temporary, GiB": round(memory.temp_size_in_bytes / GIB, 3)} | collectives(compiled.as_text())
         print(result, flush=True)
-        if spec.program.steps:
-            state = jax.tree.map(lambda s: fill(s, lambda shape: jnp.zeros(shape, s.dtype)), state)._replace(params=jax.tree.map(
-                lambda s: fill(s, lambda shape: cfg.init_std * jax.random.normal(jax.random.key(0), shape, s.dtype)), state.params))
-            batch = dict(
-                tokens=fill(batch["tokens"], lambda shape: jax.random.randint(jax.random.key(1), shape, 0, cfg.vocab_size, jnp.int32)),
-                weight=fill(batch["weight"], lambda shape: jnp.ones(shape, jnp.float32)),
-                knobs={k: fill(s, lambda shape, k=k: jnp.asarray(some["knobs"][k])) for k, s in batch["knobs"].items()})
-            key, times = fill(key, lambda shape: jax.random.key(0)), []
-            for _ in range(spec.program.steps + 1):
-                began = time.perf_counter()
-                state, metrics = compiled(state, batch, key)
-                jax.block_until_ready((state, metrics))
-                times.append(time.perf_counter() - began)
-            result["a step, ms"] = round(1e3 * statistics.median(times[1:]), 1)
+    if spec.program.steps:  # outside of the mesh: an array made under it would lie on all devices, most of which are not here
+        state = jax.tree.map(lambda s: fill(s, lambda shape: jnp.zeros(shape, s.dtype)), state)._replace(params=jax.tree.map(
+            lambda s: fill(s, lambda shape: cfg.init_std * jax.random.normal(jax.random.key(0), shape, s.dtype)), state.params))
+        batch = dict(
+            tokens=fill(batch["tokens"], lambda shape: jax.random.randint(jax.random.key(1), shape, 0, cfg.vocab_size, jnp.int32)),
+            weight=fill(batch["weight"], lambda shape: jnp.ones(shape, jnp.float32)),
+            knobs={k: fill(s, lambda shape, k=k: jnp.asarray(some["knobs"][k])) for k, s in batch["knobs"].items()})
+        key, times = fill(key, lambda shape: jax.random.key(0)), []
+        for _ in range(spec.program.steps + 1):
+            began = time.perf_counter()
+            state, metrics = compiled(state, batch, key)
+            jax.block_until_ready((state, metrics))
+            times.append(time.perf_counter() - began)
+        result["a step, ms"] = round(1e3 * statistics.median(times[1:]), 1)
     return result
 
 
