@@ -120,13 +120,15 @@ def cluster_sync(cluster):
 
 
 @contextlib.contextmanager
-def _filling(bars_ref, stages, slot, parity, size):
-    """What one thread does once stage `slot` is free: it tells the stage's barrier how many bytes come, and yields it for their copies."""
+def filling(bars_ref, stages, slot, parity, size):
+    """What one thread does once stage `slot` is free (it is, if `parity` is None): it tells the stage's barrier how many
+    bytes come, and yields it for their copies."""
     base = _address(bars_ref)
     offset = arith.muli(slot, _i32(8))
     warp = arith.remui(utils.warp_idx(sync=True), _i32(4))
     with utils.when(arith.cmpi(arith.CmpIPredicate.eq, warp, _i32(0))):
-        _wait(arith.addi(base, arith.addi(offset, _i32(8 * stages))), arith.xori(parity, _i32(1)))
+        if parity is not None:
+            _wait(arith.addi(base, arith.addi(offset, _i32(8 * stages))), arith.xori(parity, _i32(1)))
         with utils.when(nvvm.elect_sync()):
             full = arith.addi(base, offset)
             _void("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [$0], $1;", [full, _i32(size)], "r,r,~{memory}")
@@ -142,7 +144,7 @@ def produce(stages, tile_m, tile_n, cluster, row_scales):
              slot, parity, row, col, k):
         slot, parity, row, col, k = map(_scalar, (slot, parity, row, col, k))
         size = (tile_m + tile_n) * BLOCK_K + tile_m * 4 + (tile_n * 4 if row_scales else 0)
-        with _filling(bars_ref, stages, slot, parity, size) as barrier:
+        with filling(bars_ref, stages, slot, parity, size) as barrier:
             k_col = arith.muli(k, _i32(BLOCK_K))
 
             # Without a transform TMA clips at any edge and starts at any row; 8-row tiles of 128 columns are one
@@ -171,7 +173,7 @@ def produce_bf16(stages, tile_n, cluster, major):
 
     def body(ctx, a_gmem, b_gmem, a_smem, b_smem, bars_ref, slot, parity, row, col, first, k):
         slot, parity, row, col, first, k = map(_scalar, (slot, parity, row, col, first, k))
-        with _filling(bars_ref, stages, slot, parity, (256 + tile_n) * 128) as barrier:
+        with filling(bars_ref, stages, slot, parity, (256 + tile_n) * 128) as barrier:
 
             def copy(src, dst, kind, at, rows, shared):
                 shape = (rows, 64) if kind == "k" else (64, rows)
@@ -377,22 +379,20 @@ def store_rows(n_cols, itemsize, add):
                           arith.divui(arith.remui(lane, _i32(32)), _i32(4)))
         base = llvm.ptrtoint(i64, utils.memref_ptr(d_gmem))
         register = i32 if itemsize == 2 else i64
-        for index, pair in enumerate(out.registers.flat):  # two columns of a row: group of 8 columns, then row half
-            below = arith.addi(mine, _i32(8 * (index % 2)))
-            at = arith.addi(arith.addi(col, _i32(8 * (index // 2))), arith.muli(arith.remui(lane, _i32(4)), _i32(2)))
-            live = arith.andi(arith.cmpi(arith.CmpIPredicate.slt, below, valid),
-                              arith.andi(arith.cmpi(arith.CmpIPredicate.sge, below, skip),
-                                         arith.cmpi(arith.CmpIPredicate.slt, at, _i32(n_cols))))
-            element = arith.addi(arith.muli(arith.extsi(i64, arith.addi(row, below)), _i64(n_cols)),
-                                 arith.extsi(i64, at))
+        at = arith.addi(col, arith.muli(arith.remui(lane, _i32(4)), _i32(2)))
+        for half in range(2):  # one address a row, the columns as constant offsets: an address a column spills
+            below = arith.addi(mine, _i32(8 * half))
+            live = arith.andi(arith.cmpi(arith.CmpIPredicate.slt, below, valid), arith.cmpi(arith.CmpIPredicate.sge, below, skip))
+            columns = arith.select(live, arith.subi(_i32(n_cols), at), _i32(0))  # that there still are
+            element = arith.addi(arith.muli(arith.extsi(i64, arith.addi(row, below)), _i64(n_cols)), arith.extsi(i64, at))
             address = arith.addi(base, arith.muli(element, _i64(itemsize)))
-            write = f"st.global.b{16 * itemsize} [$0], $1;"
-            if add:
-                write = "red.global.add.f32 [$0], x;\n@p red.global.add.f32 [$0+4], y;"
-            _void("{\n.reg .pred p;\n.reg .f32 x, y;\nsetp.ne.b32 p, $2, 0;\n"
-                  + ("mov.b64 {x, y}, $1;\n" if add else "") + f"@p {write}\n}}",
-                  [address, llvm.bitcast(register, pair), arith.extui(i32, live)],
-                  f"l,{'r' if itemsize == 2 else 'l'},r,~{{memory}}")
+            for group, pair in enumerate(out.registers.flat[half::2]):  # of 8 columns, this thread has two
+                to = 8 * group * itemsize
+                write = f"@p st.global.b{16 * itemsize} [$0+{to}], $1;"
+                if add:
+                    write = f"mov.b64 {{x, y}}, $1;\n@p red.global.add.f32 [$0+{to}], x;\n@p red.global.add.f32 [$0+{to + 4}], y;"
+                _void(f"{{\n.reg .pred p;\n.reg .f32 x, y;\nsetp.gt.s32 p, $2, {8 * group};\n{write}\n}}",
+                      [address, llvm.bitcast(register, pair), columns], f"l,{'r' if itemsize == 2 else 'l'},r,~{{memory}}")
 
     return body
 

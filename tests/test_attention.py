@@ -123,3 +123,22 @@ def test_cudnn_takes_v_narrower_than_q_and_k_forwards_and_backwards():
     with jax.default_matmul_precision("highest"):
         for got, want in zip(jax.jit(lambda *a: run("cudnn", *a))(q, k, v), jax.jit(lambda *a: run("xla", *a))(*wide), strict=True):
             assert jnp.linalg.norm(got.astype(jnp.float32) - want) < 2e-2 * jnp.linalg.norm(want)
+
+
+@pytest.mark.parametrize("n", [12, 128, 256])
+def test_attention_in_blocks_of_queries_equals_the_plain_softmax_and_its_gradients(n):
+    rng = np.random.default_rng(n)
+    q, k, v, g = (jnp.asarray(rng.normal(size=(2, n, 2, width))) for width in (6, 6, 4, 4))
+    segments = jnp.asarray(np.stack([np.zeros(n), np.arange(n) // (n // 3)]))
+    index = jnp.arange(n)
+    mask = (index[:, None] >= index[None])[None] & (segments[:, :, None] == segments[:, None])
+
+    def plain(q, k, v):
+        weights = attention._softmax(jnp.einsum("bthk,bshk->bhts", q, k), mask, 0.7)
+        return jnp.einsum("bhts,bshp->bthp", weights, v)
+
+    expected, plain_vjp = jax.vjp(plain, q, k, v)
+    got, vjp = jax.vjp(lambda q, k, v: attention.core(q, k, v, attention.Layout(None, mask), 0.7, Execution()), q, k, v)
+    assert attention._n_blocks(n) == {12: 1, 128: 2, 256: 4}[n]
+    for ours, theirs in zip((got, *vjp(g)), (expected, *plain_vjp(g)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-12, rtol=0)

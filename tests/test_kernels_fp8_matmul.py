@@ -1,10 +1,12 @@
 """Block-scaled FP8 product: two oracles, any shape, adversarial values, Hopper's accumulator emulated."""
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import fp8_matmul, quantize
-from pallas_kernels.fp8_matmul import reference
+from pallas_kernels import fp8_matmul, quantize, target
+from pallas_kernels.fp8_matmul import kernel, reference, tuned
 
 SHAPES = ((1, 1, 1), (3, 5, 7), (64, 128, 128), (65, 200, 300), (1, 256, 512))
 
@@ -109,3 +111,35 @@ def test_what_cannot_be_done_is_said(change, message):
     arguments = dict(a=e4m3(4, 128), a_scale=jnp.ones((4, 1)), b=e4m3(8, 128), b_scale=jnp.ones((1, 1))) | change
     with pytest.raises(ValueError, match=message):
         fp8_matmul.matmul(**arguments)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_parts_of_a_split_k_are_added_in_order_and_rows_past_m_dropped(rng, monkeypatch, accumulate):
+    x, w = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((70, 512), (130, 512)))
+    operands = (*quantize.quantize_tiles(x), *quantize.quantize_tiles(w, (128, 128)))
+    total = jnp.ones((70, 130)) if accumulate else None
+    tuning = dataclasses.replace(tuned.small(128, 16), tile_n=64, splits=4)
+
+    def gemm(a, a_scale, b, b_scale, *, n, tuning, out_shape, accumulate, **_):
+        assert out_shape.shape == (4 * 128, 132) and out_shape.dtype == jnp.float32 and accumulate is None
+        parts = [reference.matmul(a[:, k:k + 128], a_scale[k // 128, :70, None], b[:, k:k + 128], b_scale[:, k // 128, None])
+                 for k in range(0, 512, 128)]
+        return jnp.concatenate([jnp.pad(p, ((0, 58), (0, 2)), constant_values=jnp.nan) for p in parts])
+
+    monkeypatch.setattr(target, "is_hopper", lambda: True)
+    monkeypatch.setattr(tuned, "pick", lambda *_: tuning)
+    monkeypatch.setattr(kernel, "gemm", gemm)
+    got, want = (fp8_matmul.matmul(*operands, out_dtype=jnp.float32, accumulate=total, implementation=i)
+                 for i in ("kernel", "reference"))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+def test_k_is_split_where_columns_are_few_and_into_whole_trips():
+    for m in (1, 64, 128):
+        assert tuned.pick(m, 2112, 7168).splits == 4 and tuned.pick(m, 4096, 7168).splits == 2
+        assert tuned.pick(m, 24576, 1536).splits == tuned.pick(m, 2112, 7168, True).splits == 1
+        for n, k in ((2112, 7168), (4096, 7168), (2112, 8192), (576, 7168), (2112, 7000), (64, 6144)):
+            t, blocks = tuned.pick(m, n, k), -(-k // 128)
+            tiles = -(-n // t.tile_n) * t.splits
+            assert blocks % (t.splits * t.unroll) == 0 or t.splits == 1
+            assert tiles <= t.sms and t.stages * ((t.tile_m + t.tile_n) * 128 + t.tile_m * 4) + t.wgs * 8192 < 226 * 1024

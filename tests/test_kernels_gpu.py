@@ -98,6 +98,15 @@ def test_fused_forms_are_their_parts():
             same(got, want)
 
 
+@pytest.mark.parametrize("shape", [(2, 144, 384), (3, 16, 48), (2064, 576), (16, 56), (4096, 7168)])
+def test_cached_tiles_are_turned_bit_for_bit_at_any_size_and_beside_other_batches(shape):
+    for format_, power in (("e4m3", False), ("e5m6", True)):
+        cached = quantise(random(0, *shape, outliers=True).at[..., -1, 3].set(jnp.nan), (1, 128), format_, power)
+        got, want = (jax.jit(functools.partial(quantize.requantize_tiles, implementation=i))(*cached)
+                     for i in ("kernel", "reference"))
+        same(got, want)
+
+
 def test_no_transpose_is_left_between_quantisation_and_products():
     @jax.jit
     def linear(x, dy, w, w_copy, w_scale):

@@ -37,6 +37,7 @@ KERNELS = {
     "dense, tall tiles": (dense, (*rows(4096, 7168), *blocks(4096, 7168))),
     "dense, wide tiles": (dense, (*rows(4096, 1536), *blocks(24576, 1536))),
     "dense, 64 rows": (dense, (*rows(64, 7168), *blocks(2112, 7168))),
+    "dense, 128 rows": (dense, (*rows(128, 7168), *blocks(4096, 7168))),
     "dense, ragged": (dense, (*rows(129, 130), *blocks(1000, 130))),
     "dense, never promoted": (functools.partial(dense, promotion=4096), (*rows(256, 4096), *blocks(256, 4096))),
     "dense gradient": (lambda *a: fp8_matmul.weight_gradient(*a[:4], accumulate=a[4], implementation="kernel"),
@@ -47,6 +48,9 @@ KERNELS = {
                    (S((4, 256, 512), E4M3), S((4, 256, 4), F32), *blocks(4, 512, 512), S((4,), I32))),
     "fp8 grouped gradient": (functools.partial(grouped_fp8_matmul.weight_gradient, implementation="kernel"),
                              (*columns(1024, 512), *columns(1024, 640), S((4,), I32))),
+    "fp8 grouped gradient in place": (
+        lambda *a: grouped_fp8_matmul.weight_gradient(*a[:5], accumulate=a[5], implementation="kernel"),
+        (*columns(1024, 512), *columns(1024, 640), S((4,), I32), S((4, 512, 640), F32))),
     "bf16 grouped": (functools.partial(grouped_matmul.matmul, implementation="kernel"),
                      (S((1024, 512), BF16), S((4, 640, 512), BF16), S((4,), I32))),
     "bf16 grouped dgrad": (functools.partial(grouped_matmul.dgrad, implementation="kernel"),
@@ -58,6 +62,8 @@ KERNELS = {
     "quantise e5m6": (functools.partial(quantize.quantize_tiles, format="e5m6", power_of_two=True,
                                         implementation="kernel"), (S((100, 576), BF16),)),
     "requantise": (functools.partial(quantize.requantize_tiles, implementation="kernel"), rows(256, 576)),
+    "requantise, batched": (functools.partial(quantize.requantize_tiles, implementation="kernel"),
+                            (S((2, 144, 384), jnp.float16), S((2, 144, 3), F32))),
     "swiglu": (functools.partial(quantize.swiglu_quantize, tile=(128, 1), implementation="kernel"), rows(256, 1024)),
 }
 
@@ -67,7 +73,7 @@ def test_kernel_lowers_for_cuda(hopper, name):
     run, shapes = KERNELS[name]
     text = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu") >= 1
-    assert ("output_operand_alias<" in text) == (name in ("dense gradient", "bf16 grouped gradient"))
+    assert ("output_operand_alias<" in text) == (name in ("dense gradient", "fp8 grouped gradient in place", "bf16 grouped gradient"))
 
 
 @pytest.mark.parametrize("b_tile", [(128, 128), (1, 128)])

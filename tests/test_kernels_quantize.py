@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import quantize
+from pallas_kernels.quantize import kernel, tuned
 
 TILES = ((1, 128), (128, 1), (128, 128))
 
@@ -115,6 +116,21 @@ def test_fused_swiglu_is_swiglu_then_quantisation_from_bf16_and_from_cached_fp8(
     want = quantize.swiglu_quantize(h8, tile=(128, 1))
     for got, w in zip(quantize.swiglu_quantize(cached, cached_scale, tile=(128, 1)), want, strict=True):
         np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(w, np.float32))
+
+
+def test_only_cached_columns_in_rows_of_16_bytes_are_read_ahead_and_fit_the_memory_of_a_block():
+    def job(k, **what):
+        return kernel.Job(1, 4096, k, **(dict(source="float8_e4m3fn", scaled=True, columns=True) | what))
+
+    assert tuned.pick(job(7168)).stages and tuned.pick(job(48)).stages and not tuned.pick(job(56)).stages
+    assert not tuned.pick(job(7168, scaled=False, source="bfloat16")).stages
+    assert not tuned.pick(job(7168, columns=False, rows="e4m3")).stages
+    assert not tuned.pick(job(7168, swiglu=True, source="float16")).stages
+    for source, bytes_, swiglu in (("float8_e4m3fn", 1, False), ("float8_e4m3fn", 1, True), ("float16", 2, False)):
+        j = job(7168, source=source, swiglu=swiglu)
+        t = tuned.pick(j)
+        assert t.tiles * (16384 + 512 + t.stages * (1 + swiglu) * (16384 * bytes_ + 512)) < 226 * 1024
+        assert kernel.grid(j, t) == 132 and kernel.grid(job(128), tuned.pick(job(128))) == 16
 
 
 @pytest.mark.parametrize("arguments, message", [

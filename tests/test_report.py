@@ -262,7 +262,7 @@ def test_compared_runs_show_exactly_the_settings_that_differ(tmp_path):
     def run(name, kind, peak):
         config = deepseek_v3.get_config("tiny")
         config.model.attention.kind = kind
-        config.pretrain.lr.v3.peak = peak
+        config.pretrain.lr.v3.peak, config.stop_after_s = peak, 1e5 * peak  # how long it may take makes it no other run
         return folder(tmp_path / name, lines_of_a_pretraining(), **json.loads(config.to_json_best_effort()))
 
     paths = [run("a", "mla", 4e-3), run("b", "mqa", 4e-3), run("c", "mla", 2e-3)]

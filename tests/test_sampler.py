@@ -180,3 +180,15 @@ def test_stream_yields_what_generate_draws_and_compiles_log2_programs():
 def test_impossible_settings_are_one_line(edit, text):
     with pytest.raises(UserError, match=f"^{text}: found .* allowed: "):
         rollout(**edit)
+
+
+def test_layers_cut_apart_decode_as_the_stack_does():
+    cfg, run, params, bias = weights()
+    cache = sampler.append(params, bias, transformer.init_cache(cfg, B, 32, jnp.float32), prompts(), LENGTHS, cfg, run)[1]
+    layers, apart = transformer.unstack({name: params[name] for name in ("dense", "moe")}, cache)
+    step = jax.jit(lambda params, cache: sampler.append(params, bias, cache, prompts()[:, :1], jnp.ones(B, jnp.int32), cfg, run))
+    (x, stacked, experts), (y, cut, chosen) = step(params, cache), step(params | layers, apart)
+    np.testing.assert_allclose(x, y, atol=1e-6, rtol=0)
+    assert np.array_equal(experts, chosen) and np.array_equal(stacked.lengths, cut.lengths)
+    for name, leaves in cut.kv.items():
+        np.testing.assert_allclose(np.concatenate(leaves), stacked.kv[name], atol=1e-6, rtol=0)

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from model import config as model_config
 from model.errors import UserError, choice, freeze, leaf, require, user_input
 from train import ablation_table, run_record
-from train.metrics import NOT_THE_RUN, prepare_workdir, write_atomically
+from train.metrics import prepare_workdir, write_atomically
 
 JOBS = {"pretrain": "train.pretrain:pretrain", "r1": "train.recipe:r1", "rl": "train.rl_loop:rl_job"}  # what a cell may be
 ROOT = pathlib.Path(__file__).parent.parent
@@ -156,7 +156,7 @@ def check(cell: Cell) -> None:
     with user_input(f"ablate: {cell.arm}"):
         model_config.parse(cell.config.model)
     if (cell.path / "config.json").exists():
-        now, before = (comparable(c) for c in (as_json(cell.config), run_record.read(cell.path).config))
+        now, before = (run_record.deciding_leaves(c) for c in (as_json(cell.config), run_record.read(cell.path).config))
         changed = sorted(k for k in now.keys() | before.keys() if now.get(k) != before.get(k))
         require(not changed, f"workdir: {cell.path} was run with other settings", ", ".join(changed[:4]), "the same, or another --workdir")
 
@@ -230,8 +230,3 @@ def load(file: str):
 
 def as_json(config) -> dict:
     return json.loads(config.to_json_best_effort())
-
-
-def comparable(config: dict) -> dict:
-    """The leaves that decide a cell's numbers; those of kinds not chosen do not, so that a new kind leaves a table as it is."""
-    return {k: v for k, v in run_record.leaves_read(config).items() if k.split(".")[0] not in NOT_THE_RUN}

@@ -42,8 +42,8 @@ def labels(runs: Sequence[Run]) -> list[str]:
 
 
 def different_leaves(configs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Dotted path -> value in each config, for the leaves read that are not alike in all; missing where a run has no such leaf."""
-    flat = [run_record.leaves_read(c) for c in configs]
+    """Dotted path -> value in each config, for the deciding leaves that are not alike in all; missing where a run has no such leaf."""
+    flat = [run_record.deciding_leaves(c) for c in configs]
     paths = list(dict.fromkeys(path for f in flat for path in f))
     rows = {path: [f.get(path, MISSING) for f in flat] for path in paths}
     return {path: row for path, row in rows.items() if any(v != row[0] for v in row)}
@@ -68,7 +68,7 @@ def differences(runs: Sequence[Run], names: Sequence[str]) -> str:
     found = different_leaves([run.config for run in runs])
     rows = [(page.code(path), *(cell(v, row[0]) for v in row)) for path, row in found.items()]
     rows.append(("commit", *(page.code(run.commit[:10]) if run.commit else None for run in runs)))
-    alike = len({path for run in runs for path in run_record.leaves_read(run.config)}) - len(found)
+    alike = len({path for run in runs for path in run_record.deciding_leaves(run.config)}) - len(found)
     return page.table(("setting", *names), rows, f"{len(found)} settings differ, {alike} are alike; marked: unlike the first run.")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from model.errors import UserError, user_input
-from train.metrics import read_jsonl
+from train.metrics import NOT_THE_RUN, read_jsonl
 
 TAIL = 0.1  # share of the steps whose mean stands for the end of a curve
 
@@ -92,3 +92,8 @@ def leaves_read(config: dict[str, Any]) -> dict[str, Any]:
         return {k: prune(v) if isinstance(v, dict) else v for k, v in tree.items() if k not in unread}
 
     return {k: v for k, v in flatten(prune(config)).items() if v != {}}
+
+
+def deciding_leaves(config: dict[str, Any]) -> dict[str, Any]:
+    """The leaves read that decide a run's numbers: not how long it may take, nor what only times it or looks at it."""
+    return {path: value for path, value in leaves_read(config).items() if path.split(".")[0] not in NOT_THE_RUN}

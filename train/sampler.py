@@ -87,6 +87,9 @@ def _rollout(params, router_bias, prompts, prompt_lengths, sequence_ids, seed_an
     token, logp = draw(logits, keys, 0, temperature, top_p)
     ended = _is_stop(token, stop_ids)
     experts = jnp.pad(chosen, ((0, 0), (0, 0), (0, max_new), (0, 0))) if return_experts else None
+    if jax.default_backend() == "cpu" and run.scan_unroll >= max(cfg.n_dense_layers, cfg.n_moe_layers):
+        layers, cache = transformer.unstack({k: params[k] for k in ("dense", "moe") if k in params}, cache)
+        params = params | layers
 
     def unfinished(s: _State):
         return jnp.any(s.pending) & (s.index < max_new + return_experts)

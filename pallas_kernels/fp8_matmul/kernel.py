@@ -35,7 +35,8 @@ def gemm(
 ) -> jax.Array:
     """a [M, K], b [groups * n, K] -> out_shape [rows, n], bfloat16 or float32; `accumulate` float32 is added in place.
 
-    `row_scales`: b_scale is [K/128, groups * n]. `tiles`: a table of `grouped_matmul.tiles`.
+    `row_scales`: b_scale is [K/128, groups * n]. `tiles`: a table of `grouped_matmul.tiles`. With `tuning.splits` the
+    rows of out_shape are, for each part of K, those of whole tiles: parts of the sum, to be added up.
     """
     (M, K), c, (_, N) = a.shape, tuning, out_shape.shape
     waves, cluster, S = c.tile_m // (64 * c.wgs), c.cluster, c.stages
@@ -48,10 +49,11 @@ def gemm(
     out_tile = (plgpu.TilingTransform((8, chunk)), plgpu.SwizzleTransform(chunk * itemsize))
     two_scales = BLOCK_K % c.tile_n != 0
     kept = promotion // BLOCK_K  # K blocks that stay in the tensor core's accumulator
-    constant_slots = c.unroll == S and all_k % S == 0 and (dense or not row_scales)  # every tile starts at stage 0
+    tile_k = all_k // c.splits  # K blocks of a tile of a dense product
+    constant_slots = c.unroll == S and tile_k % S == 0 and (dense or not row_scales)  # every tile starts at stage 0
     grid = c.sms // cluster
     if dense:
-        total = ceil_div(M, c.tile_m) * n_groups
+        total = ceil_div(M, c.tile_m) * c.splits * n_groups
         grid = ceil_div(total, ceil_div(total, grid)) if c.fewest_sms else min(grid, total)
 
     def body(a_gmem, sa_gmem, b_gmem, sb_gmem, *refs):
@@ -88,7 +90,7 @@ def gemm(
         store_rows = inline(hopper.store_rows(N, itemsize, add),
                             (plgpu.Layout.WGMMA, REF) + (SCALAR,) * 4)
 
-        m_tiles = ceil_div(M, c.tile_m) if dense else uniform(count_gmem[0])
+        m_tiles = ceil_div(M, c.tile_m) * c.splits if dense else uniform(count_gmem[0])
         total = m_tiles * n_groups
         rounds = lax.div(total + (grid - 1), jnp.int32(grid))
         # The last round is dealt backwards: with tiles of uneven height, blocks that got a tall one late get no more.
@@ -100,6 +102,9 @@ def gemm(
             t = i * grid + jnp.where(i == last, grid - 1 - block, block)
             col, m = hopper.walk(t, n_groups, m_tiles, c.group)
             col = col * cluster + rank
+            if dense and c.splits > 1:
+                row_tiles = m_tiles // c.splits
+                return col, lax.rem(m, row_tiles) * c.tile_m, m * c.tile_m, c.tile_m, 0, 0, lax.div(m, row_tiles) * tile_k, tile_k
             if dense:
                 return col, m * c.tile_m, m * c.tile_m, c.tile_m, 0, 0, 0, all_k
             return col, *(uniform(tiles_gmem[j, m]) for j in range(len(FIELDS)))
@@ -137,7 +142,7 @@ def gemm(
                 plgpu.set_max_registers(c.registers, action="increase")
 
             def per_tile(i, carry):
-                col, _, row, rows, skip, group, _, k_blocks = tile(i)
+                col, _, row, rows, skip, group, first_k, k_blocks = tile(i)
                 first = lax.div(col * c.tile_n, BLOCK_K)
                 sb_row, sb_next = (jnp.minimum(first + j, n_blocks - 1) + group * n_blocks for j in (0, 1))
                 cut = lax.div((first + 1) * BLOCK_K - col * c.tile_n, 8)
@@ -145,7 +150,7 @@ def gemm(
                 def b_scales(k):  # read one block ahead of its use
                     if row_scales:
                         return ()
-                    k = jnp.minimum(k, all_k - 1)
+                    k = jnp.minimum(k + first_k if c.splits > 1 else k, all_k - 1)
                     return (sb_gmem[sb_row, k], sb_gmem[sb_next, k]) if two_scales else (sb_gmem[sb_row, k],) * 2
 
                 def promote(total, acc, sa, sb, k):

@@ -15,6 +15,7 @@ class Tuning:
     buffers: int = 2  # pieces of 128 bytes a row staged in SMEM before their TMA stores
     registers: int = 160  # of a consumer thread (0: leave as launched); (512 - producer_registers) / wgs
     producer_registers: int = 32
+    splits: int = 1  # parts of K that are tiles of their own
     sms: int = 132
     fewest_sms: bool = True  # as few blocks as finish in the same number of rounds
 
@@ -40,6 +41,16 @@ def small(rows: int, tile_n: int) -> Tuning:
                   stages=5 if tile_n == 128 else 8, unroll=8 if tile_n < 64 else 4)
 
 
+def split(t: Tuning, k: int) -> Tuning:
+    """Tiles of 16 or 32 columns all read the whole of A, and walk all of K one block after the other. As many tiles of
+    64 columns and a part of K move the same bytes of B and a half or a quarter of those of A (tiles of 128 spill)."""
+    splits = 64 // t.tile_n
+    for trip in (8, 7, 6):  # K blocks a trip, and stages: constant stage addresses
+        if t.tile_n < 64 and k >= 4096 and -(-k // 128) % (splits * trip) == 0:
+            return dataclasses.replace(t, tile_n=64, splits=splits, stages=trip, unroll=trip)
+    return t
+
+
 def _cost(t: Tuning, m: int, n: int, speed: float) -> float:
     """Time of a product in units of a full card's rate: rounds of the persistent grid times the tile."""
     tiles = -(-m // t.tile_m) * -(-n // (t.tile_n * t.cluster)) * t.cluster
@@ -53,7 +64,7 @@ def pick(m: int, n: int, k: int, row_scales: bool = False) -> Tuning:
     if m <= 128:  # memory-bound: the whole of M in one tile
         rows = 64 if m <= 64 else 128
         widths = {w: -(-n // w // 132) * w for w in (16, 32, 64, 128)}
-        return small(rows, max(w for w in widths if widths[w] == min(widths.values())))
+        return split(small(rows, max(w for w in widths if widths[w] == min(widths.values()))), k)
     speeds = {WIDE: 0.97 if k > 2048 else 1.0, TALL: 1.0 if k > 2048 else 0.95, small(128, 128): 0.88,
               small(128, 64): 0.75, small(128, 32): 0.5}
     return min(speeds, key=lambda t: _cost(t, m, n, speeds[t]))

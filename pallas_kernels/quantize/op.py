@@ -19,7 +19,7 @@ H100 80GB HBM3, 2026-11-24: 0.92-1.01 of the bandwidth of a copy from bf16, 0.64
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantize import kernel, reference
+from pallas_kernels.quantize import kernel, reference, tuned
 from pallas_kernels.target import choose
 
 TILES = ((1, 128), (128, 1), (128, 128))
@@ -56,7 +56,8 @@ def _run(
     job = kernel.Job(batch, M, K // 2 if swiglu else K, x.dtype.name, scaled=scale is not None, swiglu=swiglu, **what)
     if choose(op, implementation, kernel.unfit(job)) == "reference":
         return None
-    out = kernel.quantize(job, x.reshape(batch, M, K), None if scale is None else scale.mT.reshape(batch, -1, M))
+    scale = None if scale is None else scale.mT.reshape(batch, -1, M)
+    out = kernel.quantize(job, tuned.pick(job), x.reshape(batch, M, K), scale)
     return [o.reshape(*lead, *o.shape[1:]) for o in out]
 
 

@@ -1,0 +1,169 @@
+"""Scalar code of a kernel body in MLIR: arithmetic of i32 and the PTX that MLIR has no operation for."""
+import math
+
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+from pallas_kernels.quantize.reference import FORMATS, TINY
+
+
+class Emit:
+    """Each method adds its instructions where it is called; values are ir.Values, words i32."""
+
+    def __init__(self):
+        self.i32, self.i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
+        self.f32, self.f16 = ir.F32Type.get(), ir.F16Type.get()
+
+    def int(self, n):
+        return arith.constant(self.i32, ir.IntegerAttr.get(self.i32, n - (1 << 32) if n >= 1 << 31 else n))
+
+    def float(self, x):
+        return arith.constant(self.f32, ir.FloatAttr.get(self.f32, x))
+
+    def add(self, a, *rest):
+        for b in rest:
+            a = arith.addi(a, self.int(b) if isinstance(b, int) else b)
+        return a
+
+    def mul(self, a, n):
+        return arith.muli(a, self.int(n))
+
+    def div(self, a, n):
+        return arith.divui(a, self.int(n))
+
+    def rem(self, a, n):
+        return arith.remui(a, self.int(n))
+
+    def less(self, a, b):
+        return arith.cmpi(arith.CmpIPredicate.slt, a, self.int(b) if isinstance(b, int) else b)
+
+    def bits(self, x):
+        return arith.bitcast(self.i32, x)
+
+    def to_float(self, x):
+        return arith.bitcast(self.f32, x)
+
+    def asm(self, result, ptx, operands, constraints, effects=True):
+        return llvm.inline_asm(result, operands, ptx, constraints, has_side_effects=effects)
+
+    def void(self, ptx, operands, constraints):
+        self.asm(ir.Type.parse("!llvm.void"), ptx, operands, constraints)
+
+    def pointer(self, ref, element, itemsize):
+        """Address of an element, counted in 64 bits."""
+        size = arith.constant(self.i64, ir.IntegerAttr.get(self.i64, itemsize))
+        base = llvm.ptrtoint(self.i64, utils.memref_ptr(ref))
+        return arith.addi(base, arith.muli(element, size))
+
+    def element(self, row, pitch, column):
+        pitch = arith.constant(self.i64, ir.IntegerAttr.get(self.i64, pitch))
+        return arith.addi(arith.muli(arith.extsi(self.i64, row), pitch), arith.extsi(self.i64, column))
+
+    def load(self, address, words, live):
+        """`words` registers from GMEM, zeros unless `live`."""
+        names = [f"${i}" for i in range(words)]
+        vector = f".v{words}.b32 {{{', '.join(names)}}}" if words > 1 else f".b32 {names[0]}"
+        ptx = ("{\n.reg .pred p;\n" + f"setp.ne.b32 p, ${words + 1}, 0;\n" + "".join(f"mov.b32 {n}, 0;\n" for n in names)
+               + f"@p ld.global.nc.L1::no_allocate{vector}, [${words}];\n}}")
+        result = llvm.StructType.get_literal([self.i32] * words) if words > 1 else self.i32
+        out = self.asm(result, ptx, [address, arith.extui(self.i32, live)],
+                       ",".join(["=&r"] * words + ["l", "r"]), effects=False)
+        return [llvm.extractvalue(self.i32, out, [i]) for i in range(words)] if words > 1 else [out]
+
+    def store(self, address, words, live):
+        n = len(words)
+        names = ", ".join(f"${i + 2}" for i in range(n))
+        what = f".v{n}.b32 [$0], {{{names}}}" if n > 1 else f".b32 [$0], {names}"
+        self.void("{\n.reg .pred p;\nsetp.ne.b32 p, $1, 0;\n" + f"@p st.global{what};\n}}",
+                  [address, arith.extui(self.i32, live), *words], ",".join(["l", "r"] + ["r"] * n + ["~{memory}"]))
+
+    def shuffle(self, x, lane, mode):
+        return self.asm(self.i32, f"shfl.sync.{mode}.b32 $0, $1, $2, 0x1f, 0xffffffff;", [x, lane], "=r,r,r")
+
+    def max_u16x2(self, a, b):
+        return self.asm(self.i32, "max.u16x2 $0, $1, $2;", [a, b], "=r,r,r", False)
+
+    def anew(self, x):
+        """x, but what follows from it is worked out where it is used: hoisted out of a loop it would cost registers."""
+        return self.asm(self.i32, "mov.b32 $0, $1;", [x], "=r,r")
+
+    def barrier(self, part=None):
+        """Of the whole block, or of the 512 threads of a part."""
+        if part is None:
+            self.void("bar.sync 0;", [], "~{memory}")
+        else:
+            self.void("bar.sync $0, 512;", [self.add(part, 1)], "r,~{memory}")
+
+    def load_shared(self, address, words):
+        names = ", ".join(f"${i}" for i in range(words))
+        result = llvm.StructType.get_literal([self.i32] * words)
+        out = self.asm(result, f"ld.shared.v{words}.b32 {{{names}}}, [${words}];", [address],
+                       ",".join(["=r"] * words + ["r", "~{memory}"]))
+        return [llvm.extractvalue(self.i32, out, [i]) for i in range(words)]
+
+    def floats(self, words, dtype):
+        """The values packed in 32-bit words."""
+        out = []
+        for word in words:
+            if dtype == "float32":
+                out.append(self.to_float(word))
+            elif dtype == "bfloat16":
+                out += [self.to_float(arith.shli(word, self.int(16))),
+                        self.to_float(arith.andi(word, self.int(0xFFFF0000)))]
+            else:
+                pairs = [word]
+                if dtype == "float8_e4m3fn":
+                    i16 = ir.IntegerType.get_signless(16)
+                    halves = [arith.trunci(i16, w) for w in (word, arith.shrui(word, self.int(16)))]
+                    pairs = [self.asm(self.i32, "cvt.rn.f16x2.e4m3x2 $0, $1;", [h], "=r,h", False) for h in halves]
+                for pair in pairs:
+                    for shift in (0, 16):
+                        half = arith.trunci(ir.IntegerType.get_signless(16), arith.shrui(pair, self.int(shift)))
+                        out.append(arith.extf(self.f32, arith.bitcast(self.f16, half)))
+        return out
+
+    def swiglu(self, gate, up):
+        # With effects, so one after the other: LLVM otherwise starts all and needs twice the registers.
+        power = self.asm(self.f32, "ex2.approx.ftz.f32 $0, $1;",
+                         [arith.mulf(gate, self.float(-1.4426950408889634))], "=f,f")
+        sigmoid = self.asm(self.f32, "rcp.approx.ftz.f32 $0, $1;", [arith.addf(power, self.float(1.0))], "=f,f")
+        return arith.mulf(arith.mulf(gate, sigmoid), up)
+
+    def pack(self, values, format):
+        """Rounds scaled values to the format; words of four E4M3 or two float16."""
+        words = []
+        if format == "e4m3":
+            for i in range(0, len(values), 4):
+                a, b, c, d = values[i:i + 4]
+                words.append(self.asm(
+                    self.i32, "{\n.reg .b16 x, y;\ncvt.rn.satfinite.e4m3x2.f32 x, $2, $1;\n"
+                    "cvt.rn.satfinite.e4m3x2.f32 y, $4, $3;\nmov.b32 $0, {x, y};\n}", [a, b, c, d], "=r,f,f,f,f", False))
+            return words
+        rounded = []
+        for x in values:  # to 6 bits of mantissa, ties to even; below the smallest normal number zero; NaN stays
+            bits = self.bits(x)
+            odd = arith.andi(arith.shrui(bits, self.int(17)), self.int(1))
+            near = arith.andi(self.add(bits, 0xFFFF, odd), self.int(0xFFFE0000))
+            size = arith.andi(near, self.int(0x7FFFFFFF))
+            near = arith.select(self.less(size, (127 - 14) << 23), arith.andi(near, self.int(0x80000000)), near)
+            finite = self.less(arith.andi(bits, self.int(0x7FFFFFFF)), 0x7F800000)
+            x = arith.select(finite, self.to_float(near), x)
+            largest = self.float(FORMATS["e5m6"].largest)
+            rounded.append(arith.maximumf(arith.minimumf(x, largest), self.float(-FORMATS["e5m6"].largest)))
+        for lo, hi in zip(rounded[::2], rounded[1::2], strict=True):
+            words.append(self.asm(self.i32, "cvt.rn.f16x2.f32 $0, $2, $1;", [lo, hi], "=r,f,f", False))
+        return words
+
+    def scale(self, amax, format, power_of_two):
+        """`reference.tile_scale` of the bits of a magnitude: (scale, 1 / scale)."""
+        largest = FORMATS[format].largest
+        if power_of_two:
+            exponent = math.frexp(largest)[1] - 1
+            mantissa = int((largest / 2.0**exponent - 1) * 2**23)
+            bits = arith.andi(self.add(amax, 0x7FFFFF - mantissa), self.int(0x7F800000))
+            bits = arith.maxsi(self.add(bits, -(exponent << 23)), self.int(1 << 23))
+            scale = self.to_float(arith.select(self.less(amax, 0x7F800000), bits, amax))
+        else:
+            scale = arith.maximumf(arith.divf(self.to_float(amax), self.float(largest)), self.float(TINY))
+        return scale, arith.divf(self.float(1.0), scale)

@@ -1,0 +1,45 @@
+"""Compiled for sm_90a without a GPU: registers, spills and tensor core instructions of every kernel.
+
+How, and what has to be installed for it: `tests/sass.py`. Ten seconds a kernel.
+"""
+import pytest
+
+from pallas_kernels import target
+from tests import sass
+from tests.test_kernels_lowering import KERNELS
+
+pytestmark = [pytest.mark.sass, pytest.mark.skipif(bool(sass.missing()), reason=sass.missing())]
+
+LAUNCH = 65536  # registers of a multiprocessor: a product's block has them all, and deals them anew by setmaxnreg
+SPILLED = {"dense gradient": 28, "fp8 grouped gradient": 48, "fp8 grouped gradient in place": 52}  # bytes at most
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """The kernels of one entry of KERNELS."""
+    monkeypatch.setattr(target, "is_hopper", lambda: True)
+
+    def compile_(name):
+        run, shapes = KERNELS[name]
+        codes = sass.kernels(run, *shapes)
+        assert codes, "no kernel of ours in what was lowered"
+        return [sass.compile_for_hopper(code, tmp_path / str(i)) for i, code in enumerate(codes)]
+
+    return compile_
+
+
+@pytest.mark.parametrize("name", [n for n in KERNELS if "fp8" in n or "bf16" in n or "dense" in n])
+def test_a_product_runs_on_the_tensor_cores_out_of_registers(compiled, name):
+    ours, other = ("HGMMA", "QGMMA") if "bf16" in name else ("QGMMA", "HGMMA")
+    for kernel in compiled(name):
+        assert kernel.registers * kernel.threads <= LAUNCH
+        assert kernel.spilled <= SPILLED.get(name, 0)
+        assert kernel.count(ours) >= 4 and not kernel.count(other)
+        assert not [w for w in kernel.warnings if "spill" not in w], "ptxas runs wgmmas one at a time"
+
+
+@pytest.mark.parametrize("name", [n for n in KERNELS if "quanti" in n or "swiglu" in n])
+def test_a_quantisation_leaves_room_for_32_warps(compiled, name):
+    for kernel in compiled(name):
+        assert kernel.registers <= 64 and kernel.spilled == 0 and not kernel.warnings
+        assert not kernel.count("QGMMA") + kernel.count("HGMMA")
