@@ -175,11 +175,11 @@ def _full(config):
 
 
 def _gpu(config):
-    """One H100, 9 minutes asked (not measured): a 95M-parameter MoE in BF16 on byte tokens, pretraining and R1-Zero on tiny's tables.
+    """6 minutes on one H200 (docs/recipe.md): a 95M-parameter MoE in BF16 on byte tokens, pretraining and R1-Zero on tiny's tables.
 
-    49M bytes of pretraining, 60 steps of RL. In parts: --config.stop_after_s=480, and the same command again.
+    33M bytes of pretraining, 60 steps of RL. In parts: --config.stop_after_s=240, and the same command again.
     """
-    config.recipe.update(dict(stages=("base", "gate", "r1_zero"), expected="9 minutes on one H100 (estimated)"))
+    config.recipe.update(dict(stages=("base", "gate", "r1_zero"), expected="6 minutes on one H200"))
     m = config.model
     m.update(dict(vocab_size=264, d_model=512, n_layers=8, n_dense_layers=1, d_ff=1408, init_std=0.02))
     m.attention.mla.update(dict(
