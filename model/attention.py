@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo
 
-from model import precision
+from model import block_attention, precision
 from model.dtypes import at_least_f32
 from model.errors import freeze, require
 from model.norm import norm_param, rms_norm
@@ -261,7 +261,9 @@ def _absorbed(q_nope, q_rope, c_BSC, k_rope_BSR, w_kv_up, mask, scale, a: MLA):
         q_BTHC = jnp.einsum("BTHN,HNC->BTHC", q_nope, w_k)
         scores = jnp.einsum("BTHC,BSC->BHTS", q_BTHC, c_BSC) + jnp.einsum("BTHR,BSR->BHTS", q_rope, k_rope_BSR)
         weights = _softmax(scores, mask, scale)
-        return jnp.einsum("BTHC,HPC->BTHP", jnp.einsum("BHTS,BSC->BTHC", weights, c_BSC), w_v)
+        # heads and queries as one axis: XLA's CPU runs this product by its matmul library, one over four axes by a plain loop
+        mixed = jnp.einsum("BMS,BSC->BMC", weights.reshape(weights.shape[0], -1, weights.shape[-1]), c_BSC)
+        return jnp.einsum("BHTC,HPC->BTHP", mixed.reshape(*weights.shape[:3], -1), w_v)
 
 
 def core(q_BTHK, k_BSGK, v_BSGP, layout: Layout, scale: float, run):
@@ -270,9 +272,11 @@ def core(q_BTHK, k_BSGK, v_BSGP, layout: Layout, scale: float, run):
         if _use_cudnn(run.attention, layout, q_BTHK):
             return _cudnn(q_BTHK, k_BSGK, v_BSGP, scale)
         repeats = q_BTHK.shape[2] // k_BSGK.shape[2]
-        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BTHK, k_BSGK, v_BSGP))
         if repeats > 1:
-            k, v = jnp.repeat(k, repeats, axis=1), jnp.repeat(v, repeats, axis=1)
+            k_BSGK, v_BSGP = jnp.repeat(k_BSGK, repeats, axis=2), jnp.repeat(v_BSGP, repeats, axis=2)
+        if _use_blocks(layout, q_BTHK):
+            return block_attention.attend(q_BTHK, k_BSGK, v_BSGP, layout.mask, scale)
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BTHK, k_BSGK, v_BSGP))
         q = constrain(q, ("batch", "heads", "seq", "head"))
         weights = _softmax(jnp.einsum("BHTK,BHSK->BHTS", q, k), layout.mask, scale)
         return jnp.swapaxes(jnp.einsum("BHTS,BHSP->BHTP", weights, v), 1, 2)
@@ -289,6 +293,11 @@ def _use_cudnn(kind: str, layout: Layout, q) -> bool:
     if kind == "auto":
         return layout.causal_only and q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
     return kind == "cudnn" and layout.causal_only
+
+
+def _use_blocks(layout: Layout, q) -> bool:
+    """On a CPU, where each pass over the scores costs as much as a product; narrower floats keep their rounding of the weights."""
+    return jax.default_backend() == "cpu" and layout.write is None and q.dtype == at_least_f32(q.dtype)
 
 
 def _softmax(scores_BHTS, mask_BTS, scale: float):

@@ -25,7 +25,8 @@ AS_STORED = Execution()
 
 
 class Cache(NamedTuple):
-    """kv: the attention kind's arrays [L, B, S, ...]; lengths i32 [B]: tokens held by each row."""
+    """kv: the attention kind's arrays [L, B, S, ...], or of each a tuple of L [1, B, S, ...] (`unstack`); lengths i32 [B]: tokens held by
+    each row."""
 
     kv: dict[str, Any]
     lengths: Any
@@ -86,6 +87,13 @@ def grow(cache: Cache, capacity: int) -> Cache:
                               for k, v in cache.kv.items()})
 
 
+def unstack(layers, cache: Cache) -> tuple[dict[str, tuple], Cache]:
+    """The stacks {name: {.. [L, ...]}} and the cache cut into tuples of layers, as `stage` takes them too: a loop around it then reads
+    them in place, where slices of a stack would be copied at every turn."""
+    cut = {name: tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(_depth(stack))) for name, stack in layers.items()}
+    return cut, cache._replace(kv={name: tuple(jnp.split(leaf, leaf.shape[0])) for name, leaf in cache.kv.items()})
+
+
 def apply(params, tokens, cfg: ModelConfig, *, run: Execution = AS_STORED, positions=None, segment_ids=None, router_bias=None,
           cache: Cache | None = None, n_valid=None, experts=None) -> tuple[Output, dict[str, Any]]:
     """Logits for tokens i32 [B, T]; see Output. metrics: 'moe/load' f32 [n_moe + J, E], 'moe/balance_loss' (sum over rows).
@@ -123,6 +131,7 @@ def stage(layers, x, aux, cfg: ModelConfig, run: Execution, *, tape=None):
     """Runs slices of the dense and MoE stacks: layers = dict(dense={..[l, ...]}, moe={..[l, ...]}) -> (x, StageOutput).
 
     aux = dict(positions, segment_ids, router_bias (this slice's rows), and optionally cache (this slice's kv), n_valid, first_layer).
+    Stacks and kv may come as `unstack` cuts them, for calls without a tape.
     tape: {'dense': Tape, 'moe': Tape}, each stacked over the slice's layers (model/tape.py); records come back the same way.
     """
     first, cache = aux.get("first_layer", 0), aux.get("cache")
@@ -130,13 +139,15 @@ def stage(layers, x, aux, cfg: ModelConfig, run: Execution, *, tape=None):
     parts, kv = {}, None if cache is None else cache.kv
     for name in [k for k in ("dense", "moe") if k in layers]:
         stack_cfg = cfg.dense() if name == "dense" else cfg
-        n = jax.tree.leaves(layers[name], is_leaf=precision.is_weight)[0]
-        n = (n.low if precision.is_weight(n) else n).shape[0]
+        n = _depth(layers[name])
         start = first - aux.get("first_layer", 0)  # the cache holds this slice's layers
         xs = dict(params=layers[name], bias=aux["router_bias"] if name == "moe" else None,
                   row=jnp.arange(start, start + n, dtype=jnp.int32), tape=None if tape is None else tape.get(name))
         body = _remat(functools.partial(_layer, layout=layout, valid=valid, cfg=stack_cfg, run=run), run)
-        (x, kv), parts[name] = jax.lax.scan(body, (x, kv), xs, unroll=min(run.scan_unroll, n))
+        if isinstance(layers[name], tuple):
+            (x, kv), parts[name] = _unrolled(body, (x, kv), xs, start)
+        else:
+            (x, kv), parts[name] = jax.lax.scan(body, (x, kv), xs, unroll=min(run.scan_unroll, n))
         parts[name]["probes"] = tapes.select_probes(parts[name]["probes"], first, run.probes)
         first += n
     routing = parts["moe"]["routing"] if "moe" in parts else None
@@ -176,6 +187,25 @@ def _layer(carry, item, *, layout, valid, cfg, run):
     return (x, None if kv is None else cache.kv), dict(routing=routing, records=notes.records, probes=notes.probes)
 
 
+def _unrolled(body, carry, xs, start: int):
+    """The scan of `stage` over layers cut apart, each with its own cache."""
+    (x, kv), outs = carry, []
+    for i, params in enumerate(xs["params"]):
+        own, bias = {name: leaves[start + i] for name, leaves in kv.items()}, None if xs["bias"] is None else xs["bias"][i]
+        (x, own), out = body((x, own), dict(params=params, bias=bias, row=jnp.zeros((), jnp.int32), tape=None))
+        kv = {name: (*leaves[:start + i], own[name], *leaves[start + i + 1:]) for name, leaves in kv.items()}
+        outs.append(out)
+    return (x, kv), jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+
+
+def _depth(stack) -> int:
+    """Layers of a stack, or of a tuple of layers."""
+    if isinstance(stack, tuple):
+        return len(stack)
+    first = jax.tree.leaves(stack, is_leaf=precision.is_weight)[0]
+    return (first.low if precision.is_weight(first) else first).shape[0]
+
+
 def _remat(body, run: Execution):
     if run.remat == "none":
         return body
@@ -193,7 +223,7 @@ def layout_of(B: int, T: int, aux, cfg: ModelConfig, dtype) -> tuple[Layout, Any
         positions = index if positions is None else positions
         valid = jnp.ones((B, T), bool) if segments is None else segments > 0
         return Layout(cfg.rope.rotation(positions, cfg.attention.rotated, dtype), mask, causal_only=segments is None), valid
-    capacity = next(iter(cache.kv.values())).shape[2]
+    capacity = jax.tree.leaves(cache.kv)[0].shape[2]
     n_valid = jnp.full(cache.lengths.shape, T) if aux.get("n_valid") is None else aux["n_valid"]
     valid, rows = index < n_valid[:, None], cache.lengths[:, None] + index
     mask = jnp.arange(capacity, dtype=jnp.int32)[None, None] <= rows[..., None]

@@ -182,6 +182,7 @@ def test_impossible_settings_are_one_line(edit, text):
         rollout(**edit)
 
 
+@pytest.mark.slow
 def test_layers_cut_apart_decode_as_the_stack_does():
     cfg, run, params, bias = weights()
     cache = sampler.append(params, bias, transformer.init_cache(cfg, B, 32, jnp.float32), prompts(), LENGTHS, cfg, run)[1]
