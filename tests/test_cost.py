@@ -42,14 +42,14 @@ def test_depth_does_not_cost_compile_time():
     seconds, cache = {}, jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     try:
-        for n in (4, 4, 8, 32):  # the first warms up
-            cfg = tiny(n_layers=n, n_dense_layers=2, mtp_depth=0)
+        for n in 2 * (4, 32):  # twice: the first warms up
+            cfg = tiny(n_layers=n, n_dense_layers=1, mtp_depth=0)
             shapes = jax.eval_shape(lambda cfg=cfg: init(cfg))
             jax.clear_caches()
             began = time.process_time()
             step_of(cfg, Execution()).lower(shapes, jax.ShapeDtypeStruct((4, 32), jnp.int32)).compile()
-            seconds[n] = time.process_time() - began
+            seconds[n] = min(seconds.get(n, 1e9), time.process_time() - began)
     finally:
         jax.config.update("jax_compilation_cache_dir", cache)
     print("trace + compile, processor seconds:", {n: round(t, 2) for n, t in seconds.items()})
-    assert seconds[32] / seconds[8] < 1.15  # XLA takes short cuts with loops of one or two turns, so 4 layers compile faster still
+    assert seconds[32] / seconds[4] < 1.1  # with one dense layer: of loops of two turns XLA makes less
