@@ -47,7 +47,7 @@ def tiny() -> ConfigDict:
         config.update(dict(
             recipe=dict(stages=("base", "gate", "r1_zero", "cold_start", "rl", "rejection", "sft", "final",
                                 "small_base", "traces", "small_distil", "small_rl"),
-                        expected="3 to 4 minutes on two idle cores"),
+                        expected="4 to 7 minutes on two idle cores"),
             evaluation=evaluation(),
             base=dict(job="pretrain", init_from="", edits=("checkpoint.every=325",)) | pretraining(1300, 3e-3),
             gate=dict(job="gate", init_from="base", edits=(), threshold=0.6, rounds=4, problems=256) | pretraining(200, 2e-3),
