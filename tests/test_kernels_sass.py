@@ -8,7 +8,7 @@ from pallas_kernels import target
 from tests import sass
 from tests.test_kernels_lowering import KERNELS
 
-pytestmark = [pytest.mark.sass, pytest.mark.skipif(bool(sass.missing()), reason=sass.missing())]
+pytestmark = pytest.mark.sass
 
 LAUNCH = 65536  # registers of a multiprocessor: a product's block has them all, and deals them anew by setmaxnreg
 SPILLED = {"dense gradient": 28, "fp8 grouped gradient": 48, "fp8 grouped gradient in place": 52}  # bytes at most
@@ -17,6 +17,7 @@ SPILLED = {"dense gradient": 28, "fp8 grouped gradient": 48, "fp8 grouped gradie
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
     """The kernels of one entry of KERNELS."""
+    assert not sass.missing(), sass.missing()
     monkeypatch.setattr(target, "is_hopper", lambda: True)
 
     def compile_(name):
