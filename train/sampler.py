@@ -87,6 +87,7 @@ def _rollout(params, router_bias, prompts, prompt_lengths, sequence_ids, seed_an
     token, logp = draw(logits, keys, 0, temperature, top_p)
     ended = _is_stop(token, stop_ids)
     experts = jnp.pad(chosen, ((0, 0), (0, 0), (0, max_new), (0, 0))) if return_experts else None
+    # XLA's CPU copies the slices of a stack at every token; a scan that keeps its loop needs the stack
     if jax.default_backend() == "cpu" and run.scan_unroll >= max(cfg.n_dense_layers, cfg.n_moe_layers):
         layers, cache = transformer.unstack({k: params[k] for k in ("dense", "moe") if k in params}, cache)
         params = params | layers
