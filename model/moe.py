@@ -20,7 +20,7 @@ from model import expert_parallel, precision
 from model.dtypes import at_least_f32
 from model.errors import choice, freeze, freeze_kind, leaf, require
 from model.ffn import dense_ffn, swiglu
-from model.sharding import by_rows, normal, param
+from model.sharding import normal, param
 
 GROUP_SCORES = ("top2_sum", "max")
 WEIGHTS = ("normalised", "raw")
@@ -160,15 +160,26 @@ def gate(logits, bias, cfg, *, experts=None):
 
     `experts` gives the choice instead (a rollout's, a forward's): weights follow from the scores all the same.
     """
-    moe = cfg.moe
+    moe, E = cfg.moe, cfg.moe.n_routed_experts
     s = scores(logits, moe)
     if experts is None:
         biased = jax.lax.stop_gradient(s if bias is None else s + bias.astype(s.dtype)[None])
-        experts = by_rows(lambda biased: jax.lax.top_k(limit_groups(biased, moe.groups), moe.n_activated_experts)[1], biased)
-    weights = jnp.take_along_axis(s, experts, axis=-1)
+        place = ranks(limit_groups(biased, moe.groups))
+        k, index = (jax.lax.broadcasted_iota(jnp.int32, (1, moe.n_activated_experts, E), axis) for axis in (1, 2))
+        experts = jnp.min(jnp.where(place[:, None] == k, index, E - 1), axis=-1)
+    chosen = experts[..., None] == jnp.arange(E, dtype=experts.dtype)[None, None]
+    weights = jnp.sum(jnp.where(chosen, s[:, None], 0), axis=-1)  # not a gather, whose gradient would scatter
     if moe.gate.weights == "normalised":
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)  # the published code's guard
     return weights * moe.route_scale, experts.astype(jnp.int32)
+
+
+def ranks(x):
+    """i32 [..., n]: the place of each of n numbers in descending order, equal ones by index, as lax.top_k has them. Every pair is compared:
+    on a GPU a sort of so few costs more, and on a mesh it would gather what it sorts."""
+    index = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    mine, other, at, other_at = x[..., :, None], x[..., None, :], index[..., :, None], index[..., None, :]
+    return jnp.sum((other > mine) | (other == mine) & (other_at < at), axis=-1, dtype=jnp.int32)
 
 
 def limit_groups(biased_TE, groups: Groups | None):
@@ -177,9 +188,8 @@ def limit_groups(biased_TE, groups: Groups | None):
         return biased_TE
     T, E = biased_TE.shape
     grouped = biased_TE.reshape(T, groups.n_expert_groups, -1)
-    best = jnp.max(grouped, axis=-1) if groups.score == "max" else jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
-    kept = jax.lax.top_k(best, groups.n_limited_groups)[1]
-    keep = jnp.any(kept[..., None] == jnp.arange(groups.n_expert_groups, dtype=kept.dtype)[None, None], axis=1)
+    best = jnp.max(grouped, axis=-1) if groups.score == "max" else jnp.sum(jnp.where(ranks(grouped) < 2, grouped, 0), axis=-1)
+    keep = ranks(best) < groups.n_limited_groups
     return jnp.where(keep[..., None], grouped, -jnp.inf).reshape(T, E)
 
 
@@ -196,8 +206,7 @@ def balance_loss(s_BTE, valid_BT, moe: MoE):
         s_BTE, valid_BT = s_BTE.reshape(1, -1, E), valid_BT.reshape(1, -1)
     valid = valid_BT.astype(s_BTE.dtype)[..., None]
     n = jnp.maximum(jnp.sum(valid, axis=1), 1)
-    chosen = by_rows(lambda s: jax.lax.top_k(s, K)[1], jax.lax.stop_gradient(s_BTE))
-    hits = jnp.sum(jax.nn.one_hot(chosen, E, dtype=s_BTE.dtype), axis=2)
+    hits = (ranks(jax.lax.stop_gradient(s_BTE)) < K).astype(s_BTE.dtype)
     f = jnp.sum(hits * valid, axis=1) * (E / K) / n
     p = jnp.sum(s_BTE / (jnp.sum(s_BTE, axis=-1, keepdims=True) + 1e-20) * valid, axis=1) / n
     return alpha * jnp.sum(f * p) * (B / s_BTE.shape[0])

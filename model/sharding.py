@@ -157,7 +157,7 @@ def constrain(x, axes: tuple[str | None, ...], place: Callable = sharding):
 
 def by_rows(function, *arrays, whole=(), tile: int = 1, summed: bool = False):
     """function(*arrays, *whole), whose arrays and results share their leading axis (rows, or sequences), run by each data shard on its own:
-    XLA would gather the operands of a sort, a top-k or a custom kernel over the whole mesh.
+    XLA would gather the operands of a custom kernel over the whole mesh.
 
     whole: arrays that every shard sees whole. tile: rows that belong together. summed: results are sums over rows, then over shards.
     """

@@ -42,6 +42,27 @@ def test_the_gate_of_the_paper_by_hand():
     np.testing.assert_allclose(weights, [[1.035185, 1.464815]], atol=1e-6)
 
 
+def test_ranks_are_the_order_of_top_k_also_among_equals_and_infinities(rng):
+    x = rng.integers(-2, 3, (50, 3, 9)).astype(np.float32)
+    x[x == -2] = -np.inf
+    order = np.asarray(jax.lax.top_k(jnp.array(x), 9)[1])
+    np.testing.assert_array_equal(np.take_along_axis(np.asarray(moe.ranks(jnp.array(x))), order, -1), np.broadcast_to(np.arange(9), x.shape))
+
+
+@pytest.mark.parametrize("n, n_experts, align", [(1, 1, 1), (7, 3, 1), (130, 5, 32), (1000, 4, 128)])
+def test_rows_go_where_a_stable_sort_by_expert_puts_them(n, n_experts, align, rng):
+    experts = rng.integers(0, n_experts + 1, n).astype(np.int32)  # n_experts: of no group
+    position, source, sizes = block_matmul.sort_into_groups(jnp.array(experts), n_experts, align)
+    counts = np.bincount(experts, minlength=n_experts + 1)[:n_experts]
+    np.testing.assert_array_equal(sizes, -(-counts // align) * align)
+    want, starts = np.full(len(source), n), np.cumsum(sizes) - sizes
+    for e in range(n_experts):
+        want[starts[e]:starts[e] + counts[e]] = np.flatnonzero(experts == e)
+    np.testing.assert_array_equal(source, want)
+    np.testing.assert_array_equal(np.asarray(source)[np.asarray(position)[experts < n_experts]], np.flatnonzero(experts < n_experts))
+    assert (np.asarray(position)[experts == n_experts] == len(source)).all()
+
+
 @pytest.mark.parametrize("edits", [
     dict(), dict(gate__kind="softmax"), dict(groups__kind="none"), dict(n_activated_experts=4),
     dict(gate__kind="softmax", groups__limited__score="max", route_scale=16.0)], ids=str)
