@@ -200,28 +200,40 @@ def fit(s: Setup, iterator, steps: int, knobs: Callable[[int], dict[str, float]]
         first, n_saved, key = int(state.step), int(state.step), key_of(s.seed, "step")
         require(first <= steps, f"{s.name}.steps", steps, f"at least the {first} steps that {s.checkpoints} holds")
         with asked_to_stop() as signals, Progress(s.name, steps, first) as progress:
-            last = time.monotonic()
-            for i in range(first, steps):
-                batch = shape_batch(i, iterator)
-                batch["knobs"] = {k: np.float32(v) if isinstance(v, float) else v for k, v in knobs(i).items()}
-                state, metrics = made.step(state, batch, jax.random.fold_in(key, i))
+            last, untold = time.monotonic(), None
+
+            def tell(i: int, metrics, lr) -> None:
+                """Waits for step i, logs it, and stops at a loss that is not finite."""
+                nonlocal last
                 metrics = jax.device_get(metrics)
                 now = time.monotonic()
-                line = s.logger.step(i + 1, metrics | {"lr": batch["knobs"]["lr"], "tokens_per_s": float(metrics["tokens"]) / (now - last),
+                line = s.logger.step(i + 1, metrics | {"lr": lr, "tokens_per_s": float(metrics["tokens"]) / (now - last),
                                                        "step_time": now - last})
                 last = now
                 if line["loss"] is None:
                     raise FloatingPointError(f"{s.name}: the loss is not finite at step {i + 1}; the last checkpoint is at step {n_saved}")
                 progress.update(i + 1, {k.split("/")[-1]: line[k] for k in (*shown, "tokens_per_s") if k in line})
-                for every, hook in (hooks or {}).items():
-                    if (every and (i + 1) % every == 0) or i + 1 == steps:
-                        hook(state, progress)
-                        last = time.monotonic()
+
+            for i in range(first, steps):
+                batch = shape_batch(i, iterator)
+                batch["knobs"] = {k: np.float32(v) if isinstance(v, float) else v for k, v in knobs(i).items()}
+                state, metrics = made.step(state, batch, jax.random.fold_in(key, i))
+                if untold:
+                    tell(*untold)  # the step before, while the device works on this one
+                untold = i, metrics, batch["knobs"]["lr"]
                 timed_out = time.monotonic() - began > s.stop_after_s and i + 1 < steps
                 stopping = cluster.agree(2 if signals else 1 if timed_out else 0)
-                if i + 1 == steps or stopping or (s.saving.every and (i + 1) % s.saving.every == 0):
-                    checkpoint.save(s.checkpoints, state, s.model, {"data": iterator.get_state()}, s.saving.keep)
-                    n_saved, last = i + 1, time.monotonic()
+                due = [hook for every, hook in (hooks or {}).items() if (every and (i + 1) % every == 0) or i + 1 == steps]
+                saving = i + 1 == steps or stopping or (s.saving.every and (i + 1) % s.saving.every == 0)
+                if due or saving:
+                    tell(*untold)
+                    untold = None
+                    for hook in due:
+                        hook(state, progress)
+                    if saving:
+                        checkpoint.save(s.checkpoints, state, s.model, {"data": iterator.get_state()}, s.saving.keep)
+                        n_saved = i + 1
+                    last = time.monotonic()
                 if stopping == 2:
                     raise KeyboardInterrupt
                 if stopping:

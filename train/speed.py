@@ -1,6 +1,7 @@
 """Job `speed`: tokens a second of training and of generation for a model and a machine, model FLOPs utilisation, memory, time by part.
 
-Random tokens and weights; times are medians of repeats after a warm-up, ended by a fetch of the result. MFU = tokens/s times the
+Random tokens and weights; times are medians after a warm-up. Training: five turns of `repeats` steps sent off one after the other, as the
+training loop does; the rest: repeats, each ended by a wait for the result. MFU = tokens/s times the
 formula's FLOPs a token (causal, MTP included) over `peak_tflops`; 0 leaves it out. The parts are timed one by one as jitted
 gradients of the model's own functions, so that their sum may differ from the whole.
 """
@@ -87,15 +88,16 @@ def time_training(state, cfg, run, optimizer, mesh, layout, spec: Speed, trace: 
                  knobs={k: np.float32(v) for k, v in dict(lr=1e-4, clip=1.0, mtp_weight=0.3, bias_rate=1e-3).items()})
     step = compile_step(make_train_step(cfg, run, optimizer, loss_of(cfg.mtp_depth)), mesh, layout)
     times = []
-    for _ in range(spec.repeats + 3):
+    for n in (1, 2, *[spec.repeats] * 5):  # the first step compiles, two more warm up
         began = time.perf_counter()
-        state, metrics = step(state, batch, jax.random.key(0))
+        for _ in range(n):
+            state, metrics = step(state, batch, jax.random.key(0))
         jax.block_until_ready((state, metrics))
-        times.append(time.perf_counter() - began)
+        times.append((time.perf_counter() - began) / n)
     require(bool(np.isfinite(metrics["loss"])), "speed", "a loss that is not finite", "finite numbers")
     if spec.trace:
         state = traced(step, state, batch, spec.trace, trace)
-    return spec.batch_size * spec.seq_len / statistics.median(times[3:]), times[0], state
+    return spec.batch_size * spec.seq_len / statistics.median(times[2:]), times[0], state
 
 
 def traced(step, state, batch, n: int, kept: pathlib.Path):
