@@ -257,19 +257,23 @@ def _fragments(registers, shape, layout):
 
 
 def release(stages, cluster):
-    """One lane of each warp says to every block of the cluster that this warp no longer needs stage `slot`."""
+    """One lane of each warp says to every block of the cluster that this warp no longer needs stage `slot`; not if `live` is 0.
 
-    def body(ctx, bars_ref, slot):
+    What was loaded from the stage must have been used before: ptxas lets an arrival overtake a load in flight."""
+
+    def body(ctx, bars_ref, slot, live=None):
+        i32 = ir.IntegerType.get_signless(32)
         address = arith.addi(_address(bars_ref), arith.addi(arith.muli(_scalar(slot), _i32(8)), _i32(8 * stages)))
+        live = _i32(1) if live is None else _scalar(live)
         if cluster == 1:
-            with utils.when(nvvm.elect_sync()):
-                _void("mbarrier.arrive.release.cta.shared::cta.b64 _, [$0];", [address], "r,~{memory}")
+            lane, chosen = arith.extui(i32, nvvm.elect_sync()), "setp.ne.and.b32 p, $1, 0, q;"
+            arrive = "@p mbarrier.arrive.release.cta.shared::cta.b64 _, [$0];"
         else:
-            lane = arith.remui(utils.thread_idx(), _i32(32))
+            lane, chosen = arith.remui(utils.thread_idx(), _i32(32)), f"setp.lt.and.u32 p, $1, {cluster}, q;"
             # No `.release.cluster`: that puts a GPU-wide MEMBAR in front of every arrival (halved the speed).
-            _void(f"{{\n.reg .pred p;\n.reg .b32 r;\nsetp.lt.u32 p, $1, {cluster};\n"
-                  "@p mapa.shared::cluster.u32 r, $0, $1;\n"
-                  "@p mbarrier.arrive.shared::cluster.b64 _, [r];\n}", [address, lane], "r,r,~{memory}")
+            arrive = "@p mapa.shared::cluster.u32 r, $0, $1;\n@p mbarrier.arrive.shared::cluster.b64 _, [r];"
+        _void(f"{{\n.reg .pred p, q;\n.reg .b32 r;\nsetp.ne.b32 q, $2, 0;\n{chosen}\n{arrive}\n}}", [address, lane, live],
+              "r,r,r,~{memory}")
 
     return body
 

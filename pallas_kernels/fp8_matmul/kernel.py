@@ -70,6 +70,7 @@ def gemm(
                       (REF,) * 4 + (TILED, TILED, REF, REF, REF) + (SCALAR,) * 5)
         wait_full = inline(hopper.wait_full, (REF, SCALAR, SCALAR))
         release_slot = inline(hopper.release(S, cluster), (REF, SCALAR))
+        release_if = inline(hopper.release(S, cluster), (REF, SCALAR, SCALAR))
         acc_type = plgpu.ShapeDtypeStruct((64, c.tile_n), jnp.float32, layout=ACC)
         row_type = plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=ROW)
         reuse = () if c.overlap else (ACC,) if kept == 1 else (ACC, SCALAR)
@@ -118,6 +119,9 @@ def gemm(
             if not constant_slots:
                 return advance(slot, parity)
             return jnp.int32((u + 1) % S), (parity ^ 1 if u == S - 1 else parity)
+
+        def before(slot):
+            return jnp.where(slot == 0, S - 1, slot - 1)
 
         start = (jnp.int32(0), jnp.int32(0))
 
@@ -172,10 +176,12 @@ def gemm(
                         for w in range(waves):
                             keep = () if kept == 1 else ((lax.rem(k, kept) != 0).astype(jnp.int32),)
                             acc, sa = issue[w](a_smem, b_smem, sa_smem, slot, wg, acc, *keep)
+                            if row_scales and w == 0:  # the stage before: its scales were used, or `acc` would still be needed
+                                release_if(bars, (u - 1) % S if constant_slots else before(slot), (k > 0).astype(jnp.int32))
                             plgpu.wgmma_wait(0)
                             if row_scales:
                                 sb = column_scales(sb_smem, slot)
-                            if w == waves - 1:
+                            elif w == waves - 1:
                                 release_slot(bars, slot)
                             new.append(promote(totals[w], acc, sa, sb, k))
                         totals = tuple(new)
@@ -214,6 +220,8 @@ def gemm(
                     for w in range(waves):
                         below = (wg * waves + w) * 64
                         store(to_output(totals[w]), row + below, skip - below, rows - below)
+                    if row_scales:
+                        release_if(bars, before(slot), (jnp.int32(k_blocks) > 0).astype(jnp.int32))
                     return slot, parity
 
                 def store(out, at, skip, valid):
