@@ -2,8 +2,8 @@
 
 `dispatch` sorts the M*K (token, expert) pairs by expert and starts each group at a multiple of `align` rows (128 on the GPU, so
 that no 128x1 scale tile crosses a group; the block size of the block form on the CPU); `combine` weights the rows and adds them
-back to their tokens. Both directions are gathers: forwards rows[i] = x[token of i], backwards dx[t] = sum of the K rows of t.
-No token is ever dropped. Shapes: M tokens, K chosen, E experts, P padded rows, D width.
+back to their tokens. Both directions are gathers (`pallas_kernels/rows`): forwards rows[i] = x[token of i], backwards dx[t] = sum of
+the K rows of t. No token is ever dropped. Shapes: M tokens, K chosen, E experts, P padded rows, D width.
 """
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from model import block_matmul, precision, sharding
+from pallas_kernels.rows import gather, gather_sum, weighted_backward
 
 EXPERT_AXES = ("node", "expert")
 
@@ -99,13 +100,7 @@ def row_alignment(n_rows: int, n_experts: int, *, fp8: bool = False) -> int:
 
 def plan(experts_MK, n_experts: int, align: int) -> tuple[Route, Any]:
     """(Route, group_sizes i32 [E], each a multiple of align) for experts i32 [M, K]."""
-    flat = experts_MK.reshape(-1)
-    n = flat.shape[0]
-    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    sizes = count(flat, n_experts)  # experts of another shard are of no group
-    position_sorted, source_sorted, padded = block_matmul.pad_groups(sizes, n, align)
-    position = jnp.zeros(n, jnp.int32).at[order].set(jnp.minimum(position_sorted, source_sorted.shape[0]))
-    source = jnp.where(source_sorted < n, order[jnp.minimum(source_sorted, n - 1)], n)
+    position, source, padded = block_matmul.sort_into_groups(experts_MK.reshape(-1), n_experts, align)
     return Route(position.reshape(experts_MK.shape), source), padded
 
 
@@ -117,49 +112,39 @@ def count(experts, n_experts: int):
 @jax.custom_vjp
 def dispatch(x_MD, route: Route):
     """rows [P, D]: each padded row its token's vector, zero where padding."""
-    n, top_k = route.position.size, route.position.shape[1]
-    token = jnp.minimum(route.source, n - 1) // top_k
-    return jnp.where(route.source[:, None] < n, x_MD[token], 0)
+    return gather(x_MD, _token(route))
 
 
 def dispatch_quantized(q_MD, scale_MS, route: Route):
     """Tokens quantised in 1x128 tiles, as bytes u8 [M, D] with scales f32 [M, D/128] -> (E4M3 rows [P, D], scales [P, D/128]): FP8
     dispatch (V3 §3.3.3). Scales are gathered along the tokens as the kernels keep them, [D/128, M]."""
-    n, top_k = route.position.size, route.position.shape[1]
-    token, real = jnp.minimum(route.source, n - 1) // top_k, route.source < n
-    q = jnp.where(real[:, None], q_MD[token], jnp.uint8(0))
-    return jax.lax.bitcast_convert_type(q, jnp.float8_e4m3fn), jnp.take(scale_MS.T, token, axis=1).T
+    token = _token(route)
+    scale = jnp.take(scale_MS.T, jnp.minimum(token, q_MD.shape[0] - 1), axis=1).T
+    return jax.lax.bitcast_convert_type(gather(q_MD, token), jnp.float8_e4m3fn), scale
+
+
+def _token(route: Route):
+    """i32 [P]: the token of each row, M (none) if padding."""
+    return route.source // route.position.shape[1]
 
 
 def _dispatch_backward(route, g_PD):
-    return jnp.sum(_rows_at(g_PD, route), axis=1), None
+    return gather_sum(g_PD, route.position), None
 
 
 dispatch.defvjp(lambda x, route: (dispatch(x, route), route), _dispatch_backward)
 
 
-def _rows_at(rows_PD, route: Route):
-    """rows [M, K, D] of each (token, choice); zero for one of no group here."""
-    return jnp.take(rows_PD, route.position, axis=0, mode="fill", fill_value=0)
-
-
 @jax.custom_vjp
 def combine(rows_PD, weights_MK, route: Route):
     """out [M, D]: the K rows of each token times their weights, added in the dtype of the weights, returned in that of the rows."""
-    picked = _rows_at(rows_PD, route).astype(weights_MK.dtype)
-    # a sum, not an einsum: XLA fuses it with the gather instead of calling a batched matmul of 1 x K products
-    return jnp.sum(picked * weights_MK[..., None], axis=1).astype(rows_PD.dtype)
+    return gather_sum(rows_PD, route.position, weights_MK)
 
 
 def _combine_backward(residuals, g_MD):
     rows, weights, route = residuals
-    n, top_k = weights.size, weights.shape[1]
-    source = jnp.minimum(route.source, n - 1)
-    row_weight = jnp.where(route.source < n, weights.reshape(-1)[source], 0)
-    g = g_MD.astype(weights.dtype)
-    d_rows = (g[source // top_k] * row_weight[:, None]).astype(rows.dtype)
-    d_weights = jnp.sum(g[:, None] * _rows_at(rows, route).astype(weights.dtype), axis=-1)
-    return d_rows, d_weights, None
+    row_weight = jnp.take(weights.reshape(-1), route.source, mode="fill", fill_value=0)
+    return *weighted_backward(g_MD, rows, _token(route), row_weight, route.position), None
 
 
 combine.defvjp(lambda rows, weights, route: (combine(rows, weights, route), (rows, weights, route)), _combine_backward)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quantize
+from pallas_kernels.rows import gather, gather_sum, weighted_backward
 from pallas_kernels.target import is_hopper
 
 PEAKS = {"NVIDIA H100 80GB HBM3": dict(fp8=1979.0, bf16=989.5, gb_s=3350.0)}  # datasheet, dense
@@ -233,8 +234,31 @@ def quantisation(m: int, k: int):
         yield Case(f"quantise {name}", f"{m} x {k}", run, operands, 0, moved)
 
 
+def moved_rows(m: int, d: int, k: int, e: int):
+    """m tokens of width d, k of e experts each, groups padded to 128; XLA's side is the reference. Bytes: every input row read
+    once, every output row written once; indices and weights count."""
+    rng = np.random.default_rng(0)
+    experts = np.argsort(rng.random((m, e)), axis=1)[:, :k].reshape(-1)
+    sizes = np.bincount(experts, minlength=e)
+    padded = -(-sizes // 128) * 128
+    order, p = np.argsort(experts, kind="stable"), int(padded.sum())
+    place = np.arange(m * k) + np.repeat(np.cumsum(padded - sizes) - (padded - sizes), sizes)
+    source, position = np.full(p, m, np.int32), np.empty(m * k, np.int32)
+    source[place], position[order] = order // k, place
+    source, position = jnp.asarray(source), jnp.asarray(position.reshape(m, k))
+    x, wide, of_row, of_token = random(m, d), random(p, d), jnp.ones(p), jnp.ones((m, k))
+    forms = {
+        "gather": (gather, (x, source), 2 * d * (m + p) + 4 * p),
+        "sum": (gather_sum, (wide, position, of_token), 2 * d * (m + m * k) + 8 * m * k),
+        "backward": (weighted_backward, (x, wide, source, of_row), 2 * d * (m + m * k + p) + 12 * p),
+    }
+    for name, (run, operands, moved) in forms.items():
+        xla = functools.partial(run, implementation="reference")
+        yield Case(f"rows {name}", f"{m} x {d}, {k} of {e}", run, operands, 0, moved, "bf16", baseline=(xla, operands))
+
+
 OPS = {"dense": dense, "dense_gradient": dense_gradient, "grouped": grouped, "masked": masked,
-       "grouped_gradient": grouped_gradient, "quantisation": quantisation}
+       "grouped_gradient": grouped_gradient, "quantisation": quantisation, "rows": moved_rows}
 
 
 def _deep_gemm(directory: str):

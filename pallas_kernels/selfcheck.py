@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quantize
+from pallas_kernels.rows import gather, gather_sum, weighted_backward
 from pallas_kernels.target import is_hopper
 
 TOLERANCE = 4e-3  # relative norm: bf16's rounding; of quantised values a bit of the fused activation's exponential
@@ -41,6 +42,11 @@ def _cases() -> Iterator[tuple]:
     yield "FP8 grouped weight gradient", grouped_fp8_matmul.weight_gradient, (*h_columns, *x_columns, whole), dict(accumulate=total)
     yield "bf16 grouped", grouped_matmul.matmul, (x, w, some), {}
     yield "bf16 grouped dgrad", grouped_matmul.dgrad, (h, w, some), {}
+    source = jnp.arange(500, dtype=jnp.int32) * 7 % 450 - 9  # some of no row
+    position, weights = source.reshape(125, 4), jnp.linspace(-1, 1, 500)
+    yield "rows gathered", gather, (x, source), {}
+    yield "rows gathered and added", gather_sum, (x, position, weights.reshape(125, 4)), {}
+    yield "rows added, backward", weighted_backward, (x[::-1], jnp.tile(x, (2, 1))[:500], source, weights), {}
     yield "bf16 grouped weight gradient", grouped_matmul.weight_gradient, (h[:384], x[:384], whole), dict(accumulate=total)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quantize
 from pallas_kernels.quantize import reference
+from pallas_kernels.rows import gather, gather_sum, weighted_backward
 from tests.test_kernels_fp8_matmul import accumulation_errors
 
 pytestmark = pytest.mark.gpu
@@ -232,3 +233,28 @@ def test_grouped_weight_gradients(n, k):
         assert float(jnp.abs(more - 1 - got).max()) < 1e-2
         uneven = run(*operands, jnp.array([1000, 0, 400, 128], jnp.int32))
         assert bool(jnp.isnan(uneven[jnp.array([0, 2, 3])]).all())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "uint8"])
+@pytest.mark.parametrize("d", [16, 128, 1024, 7168, 1040])
+def test_rows_are_moved_and_added_as_the_reference_has_it(d, dtype):
+    """Indices out of range on both sides; what is not named is NaN."""
+    M, P, K = 300, 1111, 5
+    source = jax.random.randint(jax.random.key(0), (P,), -20, M + 20, jnp.int32)
+    x = (random(1, M, d) * 50).astype(dtype)
+    if dtype == "uint8":
+        got = gather(x, source, implementation="kernel")
+        assert bool(jnp.array_equal(got, gather(x, source, implementation="reference")))
+        return
+    position = jax.random.randint(jax.random.key(3), (M, K), -20, P + 20, jnp.int32)
+    named = jnp.zeros(P, bool).at[jnp.where(position < 0, P, position)].set(True, mode="drop")
+    rows = jnp.where(named[:, None], random(2, P, d), jnp.nan).astype(dtype)
+    weights, of_row = random(4, M, K), random(5, P)
+    source = jnp.where(named, source, -1)
+    for run, operands in ((gather, (x, source)), (gather_sum, (rows, position)), (gather_sum, (rows, position, weights)),
+                          (weighted_backward, (x, rows, source, of_row))):
+        kernel_, plain = (jax.jit(functools.partial(run, implementation=i)) for i in ("kernel", "reference"))
+        for got, again, want in zip(*(jax.tree.leaves(f(*operands)) for f in (kernel_, kernel_, plain)), strict=True):
+            assert got.dtype == want.dtype and bool(jnp.isfinite(got).all()) and bool(jnp.array_equal(got, again)), run.__name__
+            error = jnp.linalg.norm((got - want).astype(jnp.float32)) / jnp.linalg.norm(want.astype(jnp.float32))
+            assert float(error) <= (0 if run is gather else 3e-3 if dtype == "bfloat16" else 1e-6), run.__name__

@@ -10,6 +10,7 @@ from jax import ShapeDtypeStruct as S
 from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quantize, target
 from pallas_kernels.fp8_matmul import tuned
 from pallas_kernels.grouped_matmul import tiles
+from pallas_kernels.rows import gather, gather_sum, weighted_backward
 
 E4M3, F32, BF16, I32 = jnp.float8_e4m3fn, jnp.float32, jnp.bfloat16, jnp.int32
 
@@ -65,6 +66,13 @@ KERNELS = {
     "requantise, batched": (functools.partial(quantize.requantize_tiles, implementation="kernel"),
                             (S((2, 144, 384), jnp.float16), S((2, 144, 3), F32))),
     "swiglu": (functools.partial(quantize.swiglu_quantize, tile=(128, 1), implementation="kernel"), rows(256, 1024)),
+    "rows, gather": (functools.partial(gather, implementation="kernel"), (S((4096, 1024), BF16), S((20480,), I32))),
+    "rows, gather bytes": (functools.partial(gather, implementation="kernel"), (S((300, 7168), jnp.uint8), S((900,), I32))),
+    "rows, sum of 4": (functools.partial(gather_sum, implementation="kernel"),
+                       (S((20480, 1024), BF16), S((4096, 4), I32), S((4096, 4), F32))),
+    "rows, plain sum of 8": (functools.partial(gather_sum, implementation="kernel"), (S((900, 136), F32), S((100, 8), I32))),
+    "rows, weighted backward": (functools.partial(weighted_backward, implementation="kernel"),
+                                (S((4096, 7168), BF16), S((20480, 7168), BF16), S((20480,), I32), S((20480,), F32))),
 }
 
 
@@ -157,6 +165,7 @@ def test_kernels_lower_inside_shard_map_and_vmap(hopper):
 
     def layer(x, w, w_scale, sizes, dy, total):
         y = fp8_matmul.matmul(*quantize.quantize_tiles(x), w, w_scale)
+        y = gather(y, weighted_backward(y, y, jnp.arange(y.shape[0]), sizes.astype(F32).repeat(y.shape[0]))[1].astype(I32))
         return y, grouped_matmul.weight_gradient(dy, x, sizes, accumulate=total[0])[None]
 
     run = jax.shard_map(layer, mesh=mesh, in_specs=(spec, whole, whole, whole, spec, spec), out_specs=(spec, spec))
@@ -164,3 +173,5 @@ def test_kernels_lower_inside_shard_map_and_vmap(hopper):
     assert "mosaic_gpu" in jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     rows_of_many = jax.jit(jax.vmap(quantize.quantize_tiles)).trace(S((3, 256, 256), BF16))
     assert "mosaic_gpu" in rows_of_many.lower(lowering_platforms=("cuda",)).as_text()
+    sums_of_many = jax.jit(jax.vmap(gather_sum)).trace(S((3, 256, 256), BF16), S((3, 64, 4), I32), S((3, 64, 4), F32))
+    assert "mosaic_gpu" in sums_of_many.lower(lowering_platforms=("cuda",)).as_text()

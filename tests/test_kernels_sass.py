@@ -2,6 +2,8 @@
 
 How, and what has to be installed for it: `tests/sass.py`. Ten seconds a kernel.
 """
+import re
+
 import pytest
 
 from pallas_kernels import target
@@ -44,3 +46,13 @@ def test_a_quantisation_leaves_room_for_32_warps(compiled, name):
     for kernel in compiled(name):
         assert kernel.registers <= 64 and kernel.spilled == 0 and not kernel.warnings
         assert not kernel.count("QGMMA") + kernel.count("HGMMA")
+
+
+@pytest.mark.parametrize("name", [n for n in KERNELS if n.startswith("rows")])
+def test_rows_move_by_16_bytes_with_eight_loads_under_way(compiled, name):
+    (kernel,) = compiled(name)
+    assert kernel.registers <= 64 and kernel.spilled == 0 and not kernel.warnings
+    loads = [m.start() for m in re.finditer(r"LDG\.E\S*\.128", kernel.sass)]
+    stores = [m.start() for m in re.finditer(r"STG\.E\S*\.128", kernel.sass)]
+    assert len(loads) == 8 and len(stores) == 8 // (1 if "gather" in name else 2 if "back" in name else int(name[-1]))
+    assert loads[-1] < stores[0] and not re.search(r"F(FMA|MUL|ADD)", kernel.sass[loads[0]:loads[-1]]), "a load waits for another's use"

@@ -46,7 +46,8 @@ def test_ranks_are_the_order_of_top_k_also_among_equals_and_infinities(rng):
     x = rng.integers(-2, 3, (50, 3, 9)).astype(np.float32)
     x[x == -2] = -np.inf
     order = np.asarray(jax.lax.top_k(jnp.array(x), 9)[1])
-    np.testing.assert_array_equal(np.take_along_axis(np.asarray(moe.ranks(jnp.array(x))), order, -1), np.broadcast_to(np.arange(9), x.shape))
+    places = np.take_along_axis(np.asarray(moe.ranks(jnp.array(x))), order, -1)
+    np.testing.assert_array_equal(places, np.broadcast_to(np.arange(9), x.shape))
 
 
 @pytest.mark.parametrize("n, n_experts, align", [(1, 1, 1), (7, 3, 1), (130, 5, 32), (1000, 4, 128)])
