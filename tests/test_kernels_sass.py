@@ -13,7 +13,7 @@ from tests.test_kernels_lowering import KERNELS
 pytestmark = pytest.mark.sass
 
 LAUNCH = 65536  # registers of a multiprocessor: a product's block has them all, and deals them anew by setmaxnreg
-SPILLED = {"dense gradient": 28, "fp8 grouped gradient": 48, "fp8 grouped gradient in place": 52}  # bytes at most
+SPILLED = {"dense gradient": 12, "fp8 grouped gradient": 48, "fp8 grouped gradient in place": 52}  # bytes at most
 
 
 @pytest.fixture
@@ -49,10 +49,21 @@ def test_a_quantisation_leaves_room_for_32_warps(compiled, name):
 
 
 @pytest.mark.parametrize("name", [n for n in KERNELS if n.startswith("rows")])
-def test_rows_move_by_16_bytes_with_eight_loads_under_way(compiled, name):
+def test_rows_move_by_16_bytes_with_all_loads_under_way_before_the_first_use(compiled, name):
     (kernel,) = compiled(name)
-    assert kernel.registers <= 64 and kernel.spilled == 0 and not kernel.warnings
+    assert kernel.registers <= (72 if "back" in name else 64) and kernel.spilled == 0 and not kernel.warnings
     loads = [m.start() for m in re.finditer(r"LDG\.E\S*\.128", kernel.sass)]
     stores = [m.start() for m in re.finditer(r"STG\.E\S*\.128", kernel.sass)]
-    assert len(loads) == 8 and len(stores) == 8 // (1 if "gather" in name else 2 if "back" in name else int(name[-1]))
+    assert len(loads) == (int(name[-1]) if "sum" in name else 8) and len(stores) == (1 if "sum" in name else 4 if "back" in name else 8)
     assert loads[-1] < stores[0] and not re.search(r"F(FMA|MUL|ADD)", kernel.sass[loads[0]:loads[-1]]), "a load waits for another's use"
+
+
+@pytest.mark.parametrize("name", [n for n in KERNELS if "gradient" in n and "bf16" not in n])
+def test_a_stage_of_scales_is_released_only_once_they_were_used(compiled, name):
+    """Between the last load of a stage and the arrival that gives it back stands a product (that overwrites what the scales were used
+    on) or the store of the finished tile: an arrival alone does not wait for loads in flight."""
+    for kernel in compiled(name):
+        order = re.findall(r"\b(LDS\.64|QGMMA|STS|SYNCS\.ARRIVE\.TRANS64\.A1T0)\b", kernel.sass)
+        assert "LDS.64" in order
+        for before, arrival in zip(order, order[1:], strict=False):
+            assert (before, arrival) != ("LDS.64", "SYNCS.ARRIVE.TRANS64.A1T0")

@@ -12,12 +12,12 @@ not looked at, NaN or not. No VJPs: `model/expert_parallel.py` has them, as each
 The kernel takes rows of a multiple of 16 bytes: integers and floats of 1, 2 or 4 bytes in `gather`, bfloat16, float16 and
 float32 with float32 weights in the others, which add in float32 and round once. Other dtypes and widths take the reference.
 Tolerance: none in `gather`; the order of float32 additions, then one rounding, in the others. The same bits each time.
-Not measured yet: `pallas_kernels/bench.py`, op `rows`.
+Figures: docs/kernels.md.
 """
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.rows import kernel, reference, tuned
+from pallas_kernels.rows import kernel, reference
 from pallas_kernels.target import choose
 
 
@@ -46,7 +46,7 @@ def gather(x: jax.Array, source: jax.Array, *, implementation: str = "auto") -> 
     job = kernel.Job("gather", source.shape[0], *x.shape, x.dtype.name)
     if not _takes_kernel(job, implementation):
         return reference.gather(x, source)
-    return kernel.move(job, tuned.pick(job), x, source)[0]
+    return kernel.move(job, x, source)[0]
 
 
 def gather_sum(
@@ -64,7 +64,7 @@ def gather_sum(
     job = kernel.Job("gather_sum", M, *rows.shape, rows.dtype.name, K, "" if weights is None else weights.dtype.name)
     if not _takes_kernel(job, implementation):
         return reference.gather_sum(rows, position, weights)
-    return kernel.move(job, tuned.pick(job), rows, position, *(() if weights is None else (weights,)))[0]
+    return kernel.move(job, rows, position, *(() if weights is None else (weights,)))[0]
 
 
 def weighted_backward(
@@ -86,6 +86,6 @@ def weighted_backward(
     job = kernel.Job("weighted_backward", source.shape[0], *g.shape, g.dtype.name, weights=weights.dtype.name)
     if not _takes_kernel(job, implementation):
         return reference.weighted_backward(g, rows, source, weights, position)
-    d_rows, dots = kernel.move(job, tuned.pick(job), g, rows, source, weights)
+    d_rows, dots = kernel.move(job, g, rows, source, weights)
     dots = jnp.sum(dots, axis=0)
     return d_rows, dots if position is None else reference.at(dots, position)
