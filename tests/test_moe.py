@@ -7,6 +7,7 @@ from tiny_model import forward, init, random_tokens, tiny
 
 from model import block_matmul, expert_parallel, moe
 from model.config import Execution
+from model.ffn import swiglu
 from model.tape import LayerTape
 
 
@@ -48,6 +49,15 @@ def test_ranks_are_the_order_of_top_k_also_among_equals_and_infinities(rng):
     order = np.asarray(jax.lax.top_k(jnp.array(x), 9)[1])
     places = np.take_along_axis(np.asarray(moe.ranks(jnp.array(x))), order, -1)
     np.testing.assert_array_equal(places, np.broadcast_to(np.arange(9), x.shape))
+
+
+def test_swiglus_own_gradient_is_that_of_its_formula(rng):
+    with jax.enable_x64(True):
+        gate_up, g = jnp.array(rng.normal(size=(5, 3, 14))), jnp.array(rng.normal(size=(5, 3, 7)))
+        plain = jax.vjp(lambda x: x[..., :7] / (1 + jnp.exp(-x[..., :7])) * x[..., 7:], gate_up)
+        ours = jax.vjp(swiglu, gate_up)
+        np.testing.assert_allclose(ours[0], plain[0], rtol=1e-13)
+        np.testing.assert_allclose(ours[1](g)[0], plain[1](g)[0], rtol=1e-12)
 
 
 @pytest.mark.parametrize("n, n_experts, align", [(1, 1, 1), (7, 3, 1), (130, 5, 32), (1000, 4, 128)])

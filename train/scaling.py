@@ -221,19 +221,20 @@ def throughput(config, spec: Scaling, path: pathlib.Path) -> tuple[list[dict], s
         with jax.set_mesh(mesh):
             made = program(cfg, run, optimizer, mesh, random_batch(cfg.vocab_size, n_rows, size.seq_len), config.seed)
             state, times = made.start(), []
-            for _ in range(size.repeats + 3):
+            for n in (3, *[size.repeats] * 5):  # sent off one after the other, as the training loop does; the first three warm up
                 began = time.perf_counter()
-                state, metrics = made.run(state, made.batch)
+                for _ in range(n):
+                    state, metrics = made.run(state, made.batch)
                 jax.block_until_ready((state, metrics))
-                times.append(time.perf_counter() - began)
+                times.append((time.perf_counter() - began) / n)
             require(bool(np.isfinite(metrics["loss"])), f"scaling on {text or 'one device'}", "a loss that is not finite", "finite numbers")
             kept = path / f"{re.sub('[^a-z0-9]+', '-', text or 'one')}.xplane.pb"
             shares = profile.of(functools.partial(steps, made, state, spec.trace), kept) if spec.trace else {}
             del state
-        per_s = n_rows * size.seq_len / statistics.median(times[3:])
+        per_s = n_rows * size.seq_len / statistics.median(times[1:])
         memory = made.compiled.memory_analysis()
         rows.append(dict(
-            mesh=text or "one device", n_devices=mesh.size, tokens_per_s=per_s, step_ms=1e3 * statistics.median(times[3:]),
+            mesh=text or "one device", n_devices=mesh.size, tokens_per_s=per_s, step_ms=1e3 * statistics.median(times[1:]),
             efficiency=per_s / mesh.size / (rows[0]["tokens_per_s"] if rows else per_s / mesh.size), shares=shares,
             gib=(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30, compile_s=made.compile_s,
             collectives=collectives(made.compiled.as_text())))
