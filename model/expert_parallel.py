@@ -104,11 +104,6 @@ def plan(experts_MK, n_experts: int, align: int) -> tuple[Route, Any]:
     return Route(position.reshape(experts_MK.shape), source), padded
 
 
-def count(experts, n_experts: int):
-    """i32 [E]: how often each expert stands in experts (any shape); compared and summed, as atomics on few counters are slow."""
-    return jnp.sum(experts.reshape(-1, 1) == jnp.arange(n_experts, dtype=experts.dtype)[None], axis=0, dtype=jnp.int32)
-
-
 @jax.custom_vjp
 def dispatch(x_MD, route: Route):
     """rows [P, D]: each padded row its token's vector, zero where padding."""

@@ -18,10 +18,8 @@ def swiglu(gate_up):
 
 def _backward(gate_up, g):
     """One pass: without the barrier XLA takes the concatenation into the products that read it, and makes the two halves apart."""
-    def halves(gate_up):
-        return jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, *jnp.split(gate_up, 2, axis=-1))[1](g)
-
-    return (jax.lax.optimization_barrier(jnp.concatenate(halves(gate_up), axis=-1)),)
+    _, pull = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, *jnp.split(gate_up, 2, axis=-1))
+    return (jax.lax.optimization_barrier(jnp.concatenate(pull(g), axis=-1)),)
 
 
 swiglu.defvjp(lambda gate_up: (swiglu(gate_up), gate_up), _backward)

@@ -224,7 +224,9 @@ def max_violation(load):
 
 
 def _load(experts_MK, valid_M, n_experts: int):
-    return expert_parallel.count(jnp.where(valid_M[:, None], experts_MK, n_experts), n_experts).astype(jnp.float32)
+    """f32 [E]: how often each expert was chosen; compared and summed, as atomics on few counters are slow."""
+    chosen = jnp.where(valid_M[:, None], experts_MK, n_experts).reshape(-1, 1)
+    return jnp.sum(chosen == jnp.arange(n_experts, dtype=chosen.dtype)[None], axis=0, dtype=jnp.int32).astype(jnp.float32)
 
 
 def _all_experts(run, n_tokens: int, moe: MoE) -> bool:

@@ -4,7 +4,7 @@ A warp takes a segment of 512 bytes of a few rows, one load each, so that it rea
 a shuffle away. It has the indices of all its rows in one load, a lane each. Blocks are many and short: 32 warps a
 multiprocessor and more, at different places of index -> load -> store, hide the latency, and the tail is short. A token's row
 is read once for each of its experts, far apart in time: all rows of a segment come before the next segment, so that those of
-all tokens stay in L2. Wider segments were 5 to 40 % slower (docs/kernels.md). Everything is one `plgpu.inline_mgpu` body.
+all tokens stay in L2. Wider segments were slower in a tuning script (docs/kernels.md). Everything is one `plgpu.inline_mgpu` body.
 """
 import dataclasses
 import functools
@@ -73,7 +73,7 @@ def unfit(job: Job) -> str:
 
 
 class RowEmit(Emit):
-    """Loads and stores of 16 bytes at a constant distance from an address, and a warp's share of the rows."""
+    """A warp's share of the rows, and loads and stores of 16 bytes of it."""
 
     def __init__(self, job: Job, block):
         super().__init__()
