@@ -23,7 +23,7 @@ from model import block_attention, precision
 from model.dtypes import at_least_f32
 from model.errors import freeze, require
 from model.norm import norm_param, rms_norm
-from model.rope import rotate
+from model.rope import rotate, rotate_tail
 from model.sharding import constrain, normal, param
 
 LATENT_EPS = 1e-6  # of the norms of c^Q and c^KV in all published models, whatever their norm_eps (Moonlight's is 1e-5)
@@ -196,8 +196,7 @@ def latent_heads(module: nn.Module, a: MLA, x_BTD, layout: Layout, cache, tape):
         q = precision.linear(tape.probe("mla", "c_q", c_q), w_q_up, run, "mla/q_up", tape)
     else:
         q = precision.linear(x_BTD, param(module, "q", (q_width, D), ("heads", "embed"), init), run, "mla/q", tape)
-    q_BTHK = q.reshape(B, T, a.n_heads, a.qk_head_dim)
-    q_nope, q_rope = q_BTHK[..., :a.qk_nope_head_dim], rotate(q_BTHK[..., a.qk_nope_head_dim:], layout.rotation)
+    q_BTHK = rotate_tail(q.reshape(B, T, a.n_heads, a.qk_head_dim), layout.rotation)
 
     w_kv_down = param(module, "kv_down", (a.kv_lora_rank + a.qk_rope_head_dim, D), ("kv_lora", "embed"), init)
     kv_norm = norm_param(module, "kv_norm", a.kv_lora_rank, "kv_lora")
@@ -211,12 +210,13 @@ def latent_heads(module: nn.Module, a: MLA, x_BTD, layout: Layout, cache, tape):
 
     scale = a.qk_head_dim ** -0.5 * module.cfg.rope.scaling.softmax_factor
     if cache is not None and run.absorbed_max >= T:
+        q_nope, q_rope = q_BTHK[..., :a.qk_nope_head_dim], q_BTHK[..., a.qk_nope_head_dim:]
         out = _absorbed(q_nope, q_rope, c, k_rope, precision.raw(w_kv_up, x_BTD.dtype), layout.mask, scale, a)
     else:
         kv = precision.linear(c, w_kv_up, run, "mla/kv_up", tape).reshape(B, c.shape[1], a.n_heads, -1)
         k_nope, v = kv[..., :a.qk_nope_head_dim], kv[..., a.qk_nope_head_dim:]
         k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], a.qk_rope_head_dim))], axis=-1)
-        out = core(jnp.concatenate([q_nope, q_rope], axis=-1), k, v, layout, scale, run)
+        out = core(q_BTHK, k, v, layout, scale, run)
     return tape.probe("mla", "core", out).reshape(B, T, a.n_heads * a.v_head_dim), cache
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -95,6 +96,22 @@ def rotate(x_BTHR, rotation):
     even, odd = pairs[..., 0], pairs[..., 1]
     rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return rotated.reshape(x_BTHR.shape).astype(x_BTHR.dtype)
+
+
+@jax.custom_vjp
+def rotate_tail(x_BTHK, rotation):
+    """x with the last R of its K channels rotated. The gradient is rotated back in one pass, where that of a cut and a join is two
+    padded arrays and their sum."""
+    cut = x_BTHK.shape[-1] - 2 * rotation[0].shape[-1]
+    return jnp.concatenate([x_BTHK[..., :cut], rotate(x_BTHK[..., cut:], rotation)], axis=-1)
+
+
+def _rotate_back(rotation, g_BTHK):
+    cos, sin = rotation
+    return rotate_tail(g_BTHK, (cos, -sin)), None
+
+
+rotate_tail.defvjp(lambda x, rotation: (rotate_tail(x, rotation), rotation), _rotate_back)
 
 
 SCALINGS = {"none": NoScaling, "yarn": Yarn}

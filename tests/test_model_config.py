@@ -96,6 +96,19 @@ def test_rotation_acts_on_neighbouring_pairs_and_scores_depend_on_distance_alone
     assert abs(score(9, 5) - score(104, 100)) < 1e-4
 
 
+def test_the_tail_of_a_head_is_rotated_and_its_gradient_rotated_back(rng):
+    rotation = rope.Rope(10000.0, rope.NoScaling()).rotation(jnp.array([[0, 3, 7]], jnp.int32), 4)
+    rotation = tuple(1.3 * part for part in rotation)  # YaRN's factor
+    x, g = (jnp.array(rng.normal(size=(1, 3, 2, 10)), jnp.float32) for _ in range(2))
+
+    def cut(x):
+        return jnp.concatenate([x[..., :6], rope.rotate(x[..., 6:], rotation)], axis=-1)
+
+    (want, pull), (got, pulled) = (jax.vjp(f, x) for f in (cut, lambda x: rope.rotate_tail(x, rotation)))
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_allclose(pulled(g)[0], pull(g)[0], rtol=1e-6)
+
+
 @pytest.mark.parametrize("edits, words", [
     (dict(attention__kind="mlaa"), f"model.attention.kind: found 'mlaa', allowed: {', '.join(attention.KINDS)} (did you mean 'mla'?)"),
     (dict(d_model=0), "model.d_model: found 0"), (dict(n_dense_layers=9), "model.n_dense_layers: found 9"),

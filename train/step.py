@@ -132,7 +132,7 @@ def _log_probability(logits, targets):
 def _forward_log_probability(logits, targets):
     wide = logits.astype(at_least_f32(logits.dtype))
     log_z = jax.nn.logsumexp(wide, axis=-1)
-    return jnp.sum(jnp.where(_is_target(logits, targets), wide, 0), axis=-1) - log_z, (logits, targets, log_z)
+    return jnp.take_along_axis(wide, targets[..., None], axis=-1)[..., 0] - log_z, (logits, targets, log_z)
 
 
 def _backward_log_probability(residuals, g):

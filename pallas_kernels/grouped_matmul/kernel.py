@@ -63,14 +63,14 @@ def gemm(
             def uniform(x):
                 return x
 
-            def store_tile(wg, at, col, valid):  # any number of rows, by powers of two
+            def store_tile(wg, buffer, at, col, valid):  # any number of rows, by powers of two
                 done = jnp.int32(0)
                 for rows in (64, 32, 16, 8, 4, 2, 1):
                     now = jnp.minimum(valid, 64) & rows
 
                     @pl.when(now != 0)
                     def _(done=done, rows=rows):
-                        plgpu.copy_smem_to_gmem(d_smem.at[wg, pl.ds(done, rows)],
+                        plgpu.copy_smem_to_gmem(d_smem.at[wg, buffer, pl.ds(done, rows)],
                                                 d_gmem.at[pl.ds(at + done, rows), pl.ds(col, chunk)])
 
                     done = done + now
@@ -82,8 +82,8 @@ def gemm(
             raw_wait = inline(hopper.wait_full, (REF, SCALAR, SCALAR))
             raw_release = inline(hopper.release(S, cluster), (REF, SCALAR))
             uniform = inline(hopper.uniform, (SCALAR,), plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR))
-            raw_store = inline(hopper.store_tile(chunk, itemsize, None, add),
-                               (plgpu.RefType(tiled(chunk)), REF) + (SCALAR,) * 3)
+            raw_store = [inline(hopper.store_tile(chunk, itemsize, buffer, add),
+                                (plgpu.RefType(tiled(chunk)), REF) + (SCALAR,) * 3) for buffer in range(c.buffers)]
             store_rows = inline(hopper.store_rows(columns, itemsize, add), (plgpu.Layout.WGMMA, REF) + (SCALAR,) * 4)
 
             def wait_full(slot, parity):
@@ -92,8 +92,8 @@ def gemm(
             def release(slot):
                 raw_release(full, slot)
 
-            def store_tile(wg, at, col, valid):
-                raw_store(d_smem, d_gmem, wg, at, col)
+            def store_tile(wg, buffer, at, col, valid):
+                raw_store[buffer](d_smem, d_gmem, wg, at, col)
 
         m_tiles = uniform(count_gmem[0])
         total = m_tiles * n_groups
@@ -170,11 +170,12 @@ def gemm(
 
                 def store(out, at, valid):
                     def whole():
-                        for e in range(0, c.tile_n, chunk):
-                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                            d_smem[wg] = out[:, e:e + chunk]
+                        for e in range(0, c.tile_n, chunk):  # round the buffers: only the oldest store must have left its own
+                            buffer = e // chunk % c.buffers
+                            plgpu.wait_smem_to_gmem(c.buffers - 1, wait_read_only=True)
+                            d_smem[wg, buffer] = out[:, e:e + chunk]
                             plgpu.commit_smem()
-                            store_tile(wg, at, col + e, valid)
+                            store_tile(wg, buffer, at, col + e, valid)
 
                     if interpret:
                         pl.when(valid > 0)(whole)
@@ -202,7 +203,7 @@ def gemm(
     scratch = (
         plgpu.SMEM((S, *a_block), jnp.bfloat16, transforms=tiled(STEP)),
         plgpu.SMEM((S, *b_block), jnp.bfloat16, transforms=tiled(STEP)),
-        plgpu.SMEM((2, 64, chunk), out_shape.dtype, transforms=tiled(chunk)),
+        plgpu.SMEM((2, c.buffers, 64, chunk), out_shape.dtype, transforms=tiled(chunk)),
         *barriers,
     )
     operands = (a, b, *table, *(() if offset is None else (offset,)))
