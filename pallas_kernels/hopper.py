@@ -22,6 +22,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, math, memref, nvvm, vector
 
 BLOCK_K = 128  # columns of A and B per scale, and bytes per row of a stage
+TURN = 8  # named barriers of turns; the first ones are Mosaic's, one a warpgroup
 ACC_LAYOUT = fa.WGMMA_LAYOUT_ACC_32BIT
 ROW_LAYOUT = fa.WGMMA_ROW_LAYOUT
 COLUMN_LAYOUT = fa.WGMMA_COL_LAYOUT
@@ -166,14 +167,14 @@ def produce(stages, tile_m, tile_n, cluster, row_scales):
     return body
 
 
-def produce_bf16(stages, tile_n, cluster, major):
-    """As `produce`, for two halves of 128 rows of A and a tile of B in bf16, 64 of the reduction a stage.
+def produce_bf16(stages, parts, tile_n, cluster, major):
+    """As `produce`, for `parts` times 128 rows of A and a tile of B in bf16, 64 of the reduction a stage.
 
     A 'k' operand is read like FP8; of an 'mn' one (reduction along its rows) TMA writes 8 x 64 tiles."""
 
     def body(ctx, a_gmem, b_gmem, a_smem, b_smem, bars_ref, slot, parity, row, col, first, k):
         slot, parity, row, col, first, k = map(_scalar, (slot, parity, row, col, first, k))
-        with filling(bars_ref, stages, slot, parity, (256 + tile_n) * 128) as barrier:
+        with filling(bars_ref, stages, slot, parity, (128 * parts + tile_n) * 128) as barrier:
 
             def copy(src, dst, kind, at, rows, shared):
                 shape = (rows, 64) if kind == "k" else (64, rows)
@@ -185,9 +186,9 @@ def produce_bf16(stages, tile_n, cluster, major):
                     gmem_transform=() if kind == "k" else (lc.TileTransform((8, 64)),),
                     collective=gpu.Dimension.x if shared and cluster > 1 else None)
 
-            for half in range(2):
-                at = arith.addi(row, _i32(128 * half))
-                copy(a_gmem, utils.memref_slice(a_smem, (_index(slot), half)), major[0],
+            for part in range(parts):
+                at = arith.addi(row, _i32(128 * part))
+                copy(a_gmem, utils.memref_slice(a_smem, (_index(slot), part)), major[0],
                      (at, k) if major[0] == "k" else (k, at), 128, True)
             at = (arith.addi(first, col), k) if major[1] == "k" else (arith.addi(first, k), col)
             copy(b_gmem, utils.memref_slice(b_smem, _index(slot)), major[1], at, tile_n, False)
@@ -346,6 +347,15 @@ def zeros(tile_n):
         f32 = ir.F32Type.get()
         return fa.FragmentedArray.splat(arith.constant(f32, ir.FloatAttr.get(f32, 0.0)), (64, tile_n), ACC_LAYOUT)
     return body
+
+
+def take_turn(ctx, wg):
+    """Waits until the other consumer warpgroup of two gave the turn to `wg`, by `give_turn(wg)`."""
+    _void("bar.sync $0, 256;", [arith.addi(_scalar(wg), _i32(TURN))], "r,~{memory}")
+
+
+def give_turn(ctx, wg):
+    _void("bar.arrive $0, 256;", [arith.addi(_scalar(wg), _i32(TURN))], "r,~{memory}")
 
 
 def uniform(ctx, x):

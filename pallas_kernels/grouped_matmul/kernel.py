@@ -1,7 +1,8 @@
 """Grouped products in bf16 for Hopper, in Pallas Mosaic GPU: rows w^T, rows w, dy^T x, one frame.
 
-A block has two consumer warpgroups of 128 x 128 and a producer; a stage is 64 of the reduction (128 bytes). An operand
-lies 'k' (its rows hold the reduction) or 'mn' (its columns do); wgmma in bf16 reads either, so dgrad and weight
+A block has two consumer warpgroups of 128 x 128 and a producer; a stage is 64 of the reduction (128 bytes). The consumers share a
+tile of 256 rows, or have tiles of 128 in turn: the ring of stages is one all the same, and each knows where the other's tile ends.
+An operand lies 'k' (its rows hold the reduction) or 'mn' (its columns do); wgmma in bf16 reads either, so dgrad and weight
 gradient need no transposed copies. The persistent grid walks the row tiles of a table made on the device
 (`grouped_matmul.tiles`). With `interpret` Pallas barriers and copies stand in for those of `pallas_kernels.hopper`.
 """
@@ -14,11 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.grouped_matmul import tiles
-from pallas_kernels.grouped_matmul.tuned import INTERPRET, PAIR, Tuning
+from pallas_kernels.grouped_matmul import tiles, tuned
+from pallas_kernels.grouped_matmul.tuned import INTERPRET, Tuning
 from pallas_kernels.quantize.reference import ceil_div, pad
 
 STEP = 64  # of the reduction a stage
+K_BLOCKS = tiles.FIELDS.index("k_blocks")
 SCALAR = plgpu.Layout.WG_SPLAT(())
 REF = plgpu.RefType()
 
@@ -30,7 +32,7 @@ def tiled(columns: int) -> tuple:
 @functools.partial(jax.jit, static_argnames=("major", "n", "b_stride", "out_shape", "tuning", "interpret"))  # one compile a shape
 def gemm(
     a: jax.Array, b: jax.Array, table: tuple[jax.Array, jax.Array], *, major: tuple[str, str], n: int,
-    b_stride: int, out_shape: jax.ShapeDtypeStruct, tuning: Tuning = PAIR, accumulate: jax.Array | None = None,
+    b_stride: int, out_shape: jax.ShapeDtypeStruct, tuning: Tuning, accumulate: jax.Array | None = None,
     offset: jax.Array | None = None, interpret: bool = False,
 ) -> jax.Array:
     """a [rows, K] or ('mn') [K, rows]; b [groups * b_stride, K] or [groups * b_stride, n] -> out_shape [rows, n].
@@ -41,7 +43,7 @@ def gemm(
     S, cluster, chunk, add = c.stages, c.cluster, 128 // out_shape.dtype.itemsize, accumulate is not None
     n_groups = ceil_div(ceil_div(n, c.tile_n), cluster)
     grid = c.sms // cluster
-    a_block = (2, 128, STEP) if major[0] == "k" else (2, STEP, 128)
+    a_block = (c.parts, 128, STEP) if major[0] == "k" else (c.parts, STEP, 128)
     b_block = (c.tile_n, STEP) if major[1] == "k" else (STEP, c.tile_n)
 
     def body(a_gmem, b_gmem, count_gmem, tiles_gmem, *refs):
@@ -75,9 +77,9 @@ def gemm(
 
                     done = done + now
         else:
-            inline(hopper.init_barriers(S, 2, cluster), (REF,))(full)
+            inline(hopper.init_barriers(S, c.parts, cluster), (REF,))(full)
             staged = plgpu.RefType(tiled(STEP))
-            raw_load = inline(hopper.produce_bf16(S, c.tile_n, cluster, major), (REF, REF, staged, staged, REF)
+            raw_load = inline(hopper.produce_bf16(S, c.parts, c.tile_n, cluster, major), (REF, REF, staged, staged, REF)
                               + (SCALAR,) * 6)
             raw_wait = inline(hopper.wait_full, (REF, SCALAR, SCALAR))
             raw_release = inline(hopper.release(S, cluster), (REF, SCALAR))
@@ -85,6 +87,8 @@ def gemm(
             raw_store = [inline(hopper.store_tile(chunk, itemsize, buffer, add),
                                 (plgpu.RefType(tiled(chunk)), REF) + (SCALAR,) * 3) for buffer in range(c.buffers)]
             store_rows = inline(hopper.store_rows(columns, itemsize, add), (plgpu.Layout.WGMMA, REF) + (SCALAR,) * 4)
+
+            take_turn, give_turn = (inline(f, (SCALAR,)) for f in (hopper.take_turn, hopper.give_turn))
 
             def wait_full(slot, parity):
                 raw_wait(full, slot, parity)
@@ -100,9 +104,20 @@ def gemm(
         mine = lax.div(total - block + (grid - 1), jnp.int32(grid))
 
         def tile(i):
-            """Column and the FIELDS of this block's i-th tile."""
+            """Column of this block's i-th tile, and its FIELDS under way from memory."""
             col, m = hopper.walk(block + i * grid, n_groups, m_tiles, c.group)
-            return (col * cluster + rank) * c.tile_n, *(uniform(tiles_gmem[j, m]) for j in range(len(tiles.FIELDS)))
+            m = jnp.minimum(m, tiles_gmem.shape[1] - 1)  # of one past the last, too
+            return (col * cluster + rank) * c.tile_n, tuple(tiles_gmem[j, m] for j in range(len(tiles.FIELDS)))
+
+        def each_tile(work, first, step, carry):
+            """carry = work(i, carry, column, *FIELDS) for tiles first, first + step, ... of this block; the next FIELDS come meanwhile."""
+            def turn(j, state):
+                carry, (col, fields) = state
+                i = first + j * step
+                ahead = tile(i + step)
+                return work(i, carry, col, *map(uniform, fields)), ahead
+
+            return lax.fori_loop(0, lax.div(mine - first + (step - 1), step), turn, (carry, tile(first)))[0]
 
         def advance(slot, parity):
             wrap = slot == S - 1
@@ -111,9 +126,7 @@ def gemm(
         def producer():
             plgpu.set_max_registers(24, action="decrease")
 
-            def per_tile(i, carry):
-                col, row, _, _, _, group, first_k, k_blocks = tile(i)
-
+            def per_tile(_i, carry, col, row, _d_row, _rows, _skip, group, first_k, k_blocks):
                 def per_block(k, carry):
                     slot, parity, step = carry
                     k = (first_k + k) * STEP
@@ -121,10 +134,10 @@ def gemm(
                         raw_load(a_gmem, b_gmem, a_smem, b_smem, full, slot, parity, row, col, group * b_stride, k)
                         return *advance(slot, parity), step + 1
                     pl.when(step >= S)(lambda: plgpu.barrier_wait(empty.at[slot]))
-                    for half in range(2):
-                        rows, ks = pl.ds(row + half * 128, 128), pl.ds(k, STEP)
+                    for part in range(c.parts):
+                        rows, ks = pl.ds(row + part * 128, 128), pl.ds(k, STEP)
                         plgpu.copy_gmem_to_smem(a_gmem.at[(rows, ks) if major[0] == "k" else (ks, rows)],
-                                                a_smem.at[slot, half], full.at[slot])
+                                                a_smem.at[slot, part], full.at[slot])
                     first = group * b_stride
                     where = ((pl.ds(first + col, c.tile_n), pl.ds(k, STEP)) if major[1] == "k" else
                              (pl.ds(first + k, STEP), pl.ds(col, c.tile_n)))
@@ -133,23 +146,25 @@ def gemm(
 
                 return lax.fori_loop(0, k_blocks, per_block, carry)
 
-            _, _, steps = lax.fori_loop(0, mine, per_tile, (jnp.int32(0), jnp.int32(0), jnp.int32(0)))
+            _, _, steps = each_tile(per_tile, 0, 1, (jnp.int32(0), jnp.int32(0), jnp.int32(0)))
             if interpret:  # leave no arrival unread
                 lax.fori_loop(jnp.maximum(steps - S, 0), steps,
                               lambda step, _: plgpu.barrier_wait(empty.at[lax.rem(step, S)]), None)
 
         def consumer():
             plgpu.set_max_registers(240, action="increase")
+            part = wg if c.parts == 2 else 0
 
-            def per_tile(i, carry):
-                col, _, row, rows, _, _, _, k_blocks = tile(i)
-
+            def per_tile(i, carry, col, _a_row, row, rows, _skip, _group, _first_k, k_blocks):
                 def compute():
                     def reduction(acc):
+                        if c.parts == 1:
+                            take_turn(wg)
+
                         def per_block(k, carry):
                             slot, parity, held = carry
                             wait_full(slot, parity)
-                            left, right = a_smem.at[slot, wg], b_smem.at[slot]
+                            left, right = a_smem.at[slot, part], b_smem.at[slot]
                             plgpu.wgmma(acc, left if major[0] == "k" else left.transpose((1, 0)),
                                         right.transpose((1, 0)) if major[1] == "k" else right)
                             plgpu.wgmma_wait(1)  # the product before this one is done
@@ -157,6 +172,8 @@ def gemm(
                             return *advance(slot, parity), slot
 
                         slot, parity, held = lax.fori_loop(0, k_blocks, per_block, (*carry, jnp.int32(0)))
+                        if c.parts == 1:
+                            pl.when(i + 1 < mine)(lambda: give_turn(1 - wg))
                         plgpu.wgmma_wait(0)
                         pl.when(k_blocks > 0)(lambda: release(held))
                         return acc[...], slot, parity
@@ -164,7 +181,7 @@ def gemm(
                     total, slot, parity = pl.run_scoped(reduction, plgpu.ACC((128, c.tile_n), jnp.float32))
                     out = (total if offset is None else total + offset_gmem[0]).astype(out_shape.dtype)
                     for half in range(2):
-                        below = wg * 128 + half * 64
+                        below = part * 128 + half * 64
                         store(out[half * 64:(half + 1) * 64], row + below, rows - below)
                     return slot, parity
 
@@ -189,16 +206,29 @@ def gemm(
                         return advance(*carry)
                     return lax.fori_loop(0, k_blocks, per_block, carry)
 
-                return lax.cond(wg * 128 < rows, compute, idle)
+                return lax.cond(part * 128 < rows, compute, idle) if c.parts == 2 else compute()
 
-            lax.fori_loop(0, mine, per_tile, (jnp.int32(0), jnp.int32(0)))
+            def past(i, carry):
+                """Past the stages of the other consumer's tile i."""
+                end = carry[0] + uniform(tile(i)[1][K_BLOCKS])
+                return lax.rem(end, S), (carry[1] + lax.div(end, S)) & 1
+
+            def in_turn(i, carry, *fields):
+                return past(i + 1, per_tile(i, carry, *fields))
+
+            start = (jnp.int32(0), jnp.int32(0))
+            if c.parts == 2:
+                each_tile(per_tile, 0, 1, start)
+            else:
+                pl.when((wg == 1) & (mine > 0))(lambda: give_turn(0))
+                each_tile(in_turn, wg, 2, lax.cond(wg == 0, lambda: start, lambda: past(0, start)))
             plgpu.wait_smem_to_gmem(0)
 
         lax.cond(wg < 2, consumer, producer)
         if cluster > 1:
             inline(lambda ctx: hopper.cluster_sync(cluster), ())()
 
-    barriers = ((plgpu.Barrier(num_arrivals=3, num_barriers=S), plgpu.Barrier(num_arrivals=2, num_barriers=S))
+    barriers = ((plgpu.Barrier(num_arrivals=c.parts + 1, num_barriers=S), plgpu.Barrier(num_arrivals=c.parts, num_barriers=S))
                 if interpret else (plgpu.SMEM((4 * S,), jnp.int32), plgpu.SMEM((8,), jnp.int32)))
     scratch = (
         plgpu.SMEM((S, *a_block), jnp.bfloat16, transforms=tiled(STEP)),
@@ -219,18 +249,19 @@ def by_rows(rows: jax.Array, w: jax.Array, group_sizes: jax.Array, contract: int
     multiple = 128 if interpret else 64
     w = jnp.pad(w, ((0, 0), (0, -w.shape[1] % multiple), (0, -w.shape[2] % multiple)))
     rows = jnp.pad(rows, ((0, 256), (0, -reduced % STEP))) if interpret else pad(rows, 1, 8)
-    table = tiles.row_tiles(group_sizes, M, ceil_div(reduced, STEP), 256)
+    shape = INTERPRET if interpret else tuned.rows(reduced)
+    table = tiles.row_tiles(group_sizes, M, ceil_div(reduced, STEP), 128 * shape.parts)
     columns = n + -n % (128 if interpret else 8)
     out = gemm(rows, w.reshape(-1, w.shape[2]), table, major=("k", "k" if contract == 2 else "mn"), n=n,
                b_stride=w.shape[1], out_shape=jax.ShapeDtypeStruct((rows.shape[0], columns), rows.dtype),
-               tuning=INTERPRET if interpret else PAIR, interpret=interpret)
+               tuning=shape, interpret=interpret)
     return out[:M, :n]
 
 
 def weight_gradient(
     dy: jax.Array, x: jax.Array, group_sizes: jax.Array, accumulate: jax.Array | None, interpret: bool
 ) -> jax.Array:
-    """dy [M, N], x [M, K] -> f32 [G, N, K]; group sizes multiples of 128, else NaN."""
+    """dy [M, N], x [M, K] -> f32 [G, N, K]; group sizes multiples of 64, else NaN."""
     G, N, K = group_sizes.shape[0], dy.shape[1], x.shape[1]
     if interpret:
         dy, x = (jnp.pad(v, [(0, 256 + -n % 128) for n in v.shape]) for v in (dy, x))
@@ -238,10 +269,11 @@ def weight_gradient(
         dy, x = pad(dy, 8, 64), pad(x, 8, 64)
     columns = K + -K % (128 if interpret else 4)
     in_place = hopper.in_place(accumulate) and columns == K and not interpret
-    out = gemm(dy, x, tiles.gradient_tiles(group_sizes, N, 256, STEP), major=("mn", "mn"), n=K, b_stride=0,
+    shape = INTERPRET if interpret else tuned.gradient(dy.shape[0] // G)
+    out = gemm(dy, x, tiles.gradient_tiles(group_sizes, N, 128 * shape.parts, STEP), major=("mn", "mn"), n=K, b_stride=0,
                out_shape=jax.ShapeDtypeStruct((G * N, columns), jnp.float32),
-               tuning=INTERPRET if interpret else PAIR, interpret=interpret,
+               tuning=shape, interpret=interpret,
                accumulate=accumulate.reshape(G * N, K) if in_place else None,
-               offset=tiles.poison(group_sizes, 128)[None])
+               offset=tiles.poison(group_sizes, STEP)[None])
     out = out[:, :K].reshape(G, N, K)
     return out if in_place or accumulate is None else out + accumulate
