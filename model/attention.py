@@ -202,19 +202,20 @@ def latent_heads(module: nn.Module, a: MLA, x_BTD, layout: Layout, cache, tape):
     kv_norm = norm_param(module, "kv_norm", a.kv_lora_rank, "kv_lora")
     w_kv_up = param(module, "kv_up", (kv_width, a.kv_lora_rank), ("heads", "kv_lora"), init)
     down = precision.linear(x_BTD, w_kv_down, run, "mla/kv_down", tape)
-    c = tape.probe("mla", "c_kv", rms_norm(down[..., :a.kv_lora_rank], kv_norm, LATENT_EPS))
-    k_rope = rotate(down[..., None, a.kv_lora_rank:], layout.rotation)[:, :, 0]
+    c, k_rope = jnp.split(down, [a.kv_lora_rank], axis=-1)  # its gradient is one concatenation, that of two slices a sum of padded arrays
+    c = tape.probe("mla", "c_kv", rms_norm(c, kv_norm, LATENT_EPS))
+    k_rope = rotate(k_rope[:, :, None], layout.rotation)[:, :, 0]
     if cache is not None:
         cache, held = append(cache, {"c": c, "k_rope": k_rope}, layout.write)
         c, k_rope = held["c"].astype(x_BTD.dtype), held["k_rope"].astype(x_BTD.dtype)
 
     scale = a.qk_head_dim ** -0.5 * module.cfg.rope.scaling.softmax_factor
     if cache is not None and run.absorbed_max >= T:
-        q_nope, q_rope = q_BTHK[..., :a.qk_nope_head_dim], q_BTHK[..., a.qk_nope_head_dim:]
+        q_nope, q_rope = jnp.split(q_BTHK, [a.qk_nope_head_dim], axis=-1)
         out = _absorbed(q_nope, q_rope, c, k_rope, precision.raw(w_kv_up, x_BTD.dtype), layout.mask, scale, a)
     else:
         kv = precision.linear(c, w_kv_up, run, "mla/kv_up", tape).reshape(B, c.shape[1], a.n_heads, -1)
-        k_nope, v = kv[..., :a.qk_nope_head_dim], kv[..., a.qk_nope_head_dim:]
+        k_nope, v = jnp.split(kv, [a.qk_nope_head_dim], axis=-1)
         k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], a.qk_rope_head_dim))], axis=-1)
         out = core(q_BTHK, k, v, layout, scale, run)
     return tape.probe("mla", "core", out).reshape(B, T, a.n_heads * a.v_head_dim), cache

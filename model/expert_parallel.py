@@ -1,9 +1,9 @@
 """The exchange, dispatch and combine around the experts (V3 §3.2.2), and EPLB (V3 §3.4.1).
 
-`dispatch` sorts the M*K (token, expert) pairs by expert and starts each group at a multiple of `align` rows (128 on the GPU, so
-that no 128x1 scale tile crosses a group; the block size of the block form on the CPU); `combine` weights the rows and adds them
-back to their tokens. Both directions are gathers (`pallas_kernels/rows`): forwards rows[i] = x[token of i], backwards dx[t] = sum of
-the K rows of t. No token is ever dropped. Shapes: M tokens, K chosen, E experts, P padded rows, D width.
+`dispatch` sorts the M*K (token, expert) pairs by expert and starts each group at a multiple of `align` rows (128 under FP8, so that no
+128x1 scale tile crosses a group; 64 on the GPU; the block size of the block form on the CPU); `combine` weights the rows and adds
+them back to their tokens. Both directions are gathers (`pallas_kernels/rows`): forwards rows[i] = x[token of i], backwards dx[t] = sum
+of the K rows of t. No token is ever dropped. Shapes: M tokens, K chosen, E experts, P padded rows, D width.
 """
 from __future__ import annotations
 
@@ -94,8 +94,10 @@ def _local(run_experts, x_MD, weights_MK, experts_MK, w_up, w_down, *, cfg, run,
 
 
 def row_alignment(n_rows: int, n_experts: int, *, fp8: bool = False) -> int:
-    """Rows each group starts at a multiple of: 128 on the GPU and for FP8 anywhere, else the block form's rows."""
-    return 128 if fp8 or jax.default_backend() == "gpu" else block_matmul.block_rows(n_rows, n_experts)
+    """Rows each group starts at a multiple of: those of a scale tile for FP8, of a stage of our bf16 kernel on a GPU, else of a block."""
+    if fp8:
+        return 128
+    return 64 if jax.default_backend() == "gpu" else block_matmul.block_rows(n_rows, n_experts)
 
 
 def plan(experts_MK, n_experts: int, align: int) -> tuple[Route, Any]:

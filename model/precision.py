@@ -214,7 +214,7 @@ def choose_experts(kind: str, dtype) -> str:
     return kind
 
 
-# our bf16 kernel takes the groups as they are; its weight gradient wants them padded to 128 rows, as dispatch pads them on a GPU
+# our bf16 kernel takes the groups as they are; its weight gradient wants them padded to 64 rows, as dispatch pads them on a GPU
 EXPERTS = block_matmul.KINDS | {"kernel": block_matmul.Grouped(
     lambda rows, w, sizes, align: grouped_matmul.matmul(rows, w, sizes),
     lambda dy, w, sizes, align: grouped_matmul.dgrad(dy, w, sizes),
