@@ -24,11 +24,12 @@ def get_config(arg: str = "") -> ConfigDict:
         grouped_gradient=tuple((*groups, *nk) for groups in ((4, 8192), (8, 4096)) for nk in EXPERT),
         quantisation=((16384, 7168), (16384, 4096)),
         rows=((16384, 1024, 4, 32), (8192, 7168, 8, 32)),
+        norm=((16384, 1024), (32768, 7168)),
     )
     if arg == "tiny":
         shapes = dict(dense=((128, 256, 128),), dense_gradient=((128, 256, 128),), grouped=((2, 128, 128, 256),),
                       masked=((2, 64, 128, 256),), grouped_gradient=((2, 128, 128, 256),), quantisation=((128, 256),),
-                      rows=((64, 128, 2, 4),))
+                      rows=((64, 128, 2, 4),), norm=((64, 128),))
     return ConfigDict(dict(
         job="bench",
         seed=0,

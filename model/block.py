@@ -12,10 +12,8 @@ import flax.linen as nn
 from model.attention import Layout
 from model.ffn import dense_ffn
 from model.moe import MoEFFN
-from model.norm import norm_param, rms_norm
+from model.norm import RESIDUAL, add_rms_norm, norm_param
 from model.sharding import constrain
-
-RESIDUAL = ("batch", "seq", "embed_activation")
 
 
 class Block(nn.Module):
@@ -28,10 +26,10 @@ class Block(nn.Module):
     def __call__(self, x_BTD, layout: Layout, bias_E, valid_BT, cache, tape):
         cfg, D = self.cfg, x_BTD.shape[-1]
         attention_norm, ffn_norm = norm_param(self, "attention_norm", D), norm_param(self, "ffn_norm", D)
-        attended, cache = cfg.attention.module(cfg, self.run)(rms_norm(x_BTD, attention_norm, cfg.norm_eps), layout, cache, tape)
-        x_BTD = constrain(x_BTD + attended, RESIDUAL)
+        x_BTD, normed = add_rms_norm(x_BTD, None, attention_norm, cfg.norm_eps)
+        attended, cache = cfg.attention.module(cfg, self.run)(normed, layout, cache, tape)
+        (x_BTD, normed), routing = add_rms_norm(x_BTD, attended, ffn_norm, cfg.norm_eps), None
         tape.probe("block", "attention", x_BTD)
-        normed, routing = rms_norm(x_BTD, ffn_norm, cfg.norm_eps), None
         if cfg.moe is None:
             out = dense_ffn(self, normed, cfg.d_ff, "ffn/", tape)
         else:

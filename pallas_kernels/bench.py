@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quantize
+from pallas_kernels.norm import rms_norm, rms_norm_backward
 from pallas_kernels.rows import gather, gather_sum, weighted_backward
 from pallas_kernels.target import is_hopper
 
@@ -257,8 +258,22 @@ def moved_rows(m: int, d: int, k: int, e: int):
         yield Case(f"rows {name}", f"{m} x {d}, {k} of {e}", run, operands, 0, moved, "bf16", baseline=(xla, operands))
 
 
+def norms(m: int, d: int):
+    """Rows of the residual stream; XLA's side is the reference. Bytes: every row of every operand and result once."""
+    x, g, delta, scale = random(m, d), random(m, d), random(m, d), jnp.ones(d)
+    forms = {
+        "norm": (lambda x, s, **how: rms_norm(x, s, 1e-6, **how)[1], (x, scale)),
+        "norm of a sum": (lambda x, s, delta, **how: rms_norm(x, s, 1e-6, delta, **how), (x, scale, delta)),
+        "norm, backward": (functools.partial(rms_norm_backward, eps=1e-6), (x, scale, g, delta)),
+    }
+    for name, (run, operands) in forms.items():
+        moved = 2 * m * d * (2 if name == "norm" else 4)
+        xla = functools.partial(run, implementation="reference")
+        yield Case(name, f"{m} x {d}", run, operands, 0, moved, "bf16", baseline=(xla, operands))
+
+
 OPS = {"dense": dense, "dense_gradient": dense_gradient, "grouped": grouped, "masked": masked,
-       "grouped_gradient": grouped_gradient, "quantisation": quantisation, "rows": moved_rows}
+       "grouped_gradient": grouped_gradient, "quantisation": quantisation, "rows": moved_rows, "norm": norms}
 
 
 def _deep_gemm(directory: str):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quantize
+from pallas_kernels.norm import rms_norm, rms_norm_backward
 from pallas_kernels.rows import gather, gather_sum, weighted_backward
 from pallas_kernels.target import is_hopper
 
@@ -47,6 +48,8 @@ def _cases() -> Iterator[tuple]:
     yield "rows gathered", gather, (x, source), {}
     yield "rows gathered and added", gather_sum, (x, position, weights.reshape(125, 4)), {}
     yield "rows added, backward", weighted_backward, (x[::-1], jnp.tile(x, (2, 1))[:500], source, weights), {}
+    yield "norm of a sum", rms_norm, (x, jnp.linspace(-1, 1, 384)), dict(eps=1e-6, delta=x[::-1])
+    yield "norm, backward", rms_norm_backward, (x, jnp.linspace(-1, 1, 384), x[::-1], x[:, ::-1]), dict(eps=1e-6)
     yield "bf16 grouped weight gradient", grouped_matmul.weight_gradient, (h[:384], x[:384], whole), dict(accumulate=total)
 
 

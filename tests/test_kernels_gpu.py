@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quantize
+from pallas_kernels.norm import rms_norm, rms_norm_backward
 from pallas_kernels.quantize import reference
 from pallas_kernels.rows import gather, gather_sum, weighted_backward
 from tests.test_kernels_fp8_matmul import accumulation_errors
@@ -216,15 +217,15 @@ def test_masked_rows():
 
 @pytest.mark.parametrize("n, k", [(4096, 7168), (7168, 2048), (1000, 328)])
 def test_grouped_weight_gradients(n, k):
-    sizes = (1024, 0, 384, 128)
     dy, x = random(0, 2048, n), random(2, 2048, k)
-    sizes_ = jnp.array(sizes, jnp.int32)
     dy_q, x_q = (quantise(v, (128, 1), "e4m3", False) for v in (dy, x))
     dy_, x_ = (quantize.dequantize_tiles(*q, (128, 1)) for q in (dy_q, x_q))
     dy16, x16 = dy.astype(jnp.bfloat16), x.astype(jnp.bfloat16)
     fp8 = jax.jit(functools.partial(grouped_fp8_matmul.weight_gradient, implementation="kernel"))
     bf16 = jax.jit(functools.partial(grouped_matmul.weight_gradient, implementation="kernel"))
-    for run, operands, left, right in ((fp8, (*dy_q, *x_q), dy_, x_), (bf16, (dy16, x16), dy16, x16)):
+    for run, operands, left, right, block in ((fp8, (*dy_q, *x_q), dy_, x_, 128), (bf16, (dy16, x16), dy16, x16, 64)):
+        sizes = (8 * block, 0, 3 * block, block)
+        sizes_ = jnp.array(sizes, jnp.int32)
         got = run(*operands, sizes_)
         assert bool(jnp.array_equal(got, run(*operands, sizes_))) and not bool(got[1].any())
         for g, rows in groups(sizes, 2048):
@@ -258,3 +259,28 @@ def test_rows_are_moved_and_added_as_the_reference_has_it(d, dtype):
             assert got.dtype == want.dtype and bool(jnp.isfinite(got).all()) and bool(jnp.array_equal(got, again)), run.__name__
             error = jnp.linalg.norm((got - want).astype(jnp.float32)) / jnp.linalg.norm(want.astype(jnp.float32))
             assert float(error) <= (0 if run is gather else 3e-3 if dtype == "bfloat16" else 1e-6), run.__name__
+
+
+@pytest.mark.parametrize("m, d", [(1003, d) for d in (8, 136, 256, 512, 1024, 1536, 7168, 8192)] + [(1, 1024), (16384, 1024), (4096, 7168)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_norm_and_its_gradients_are_the_reference_and_the_same_bits_twice(m, d, dtype):
+    x, delta, g, d_total = (random(seed, m, d).astype(dtype) for seed in range(1, 5))
+    scale = 1 + random(5, d) / 2
+    x = x.at[m // 2 or m].set(0).at[m - 1].multiply(1e3)  # no row of zeros where it were the only one
+    for run, operands in ((rms_norm, (x, scale, 1e-6)), (rms_norm, (x, scale, 1e-6, delta)),
+                          (rms_norm_backward, (x, scale, g, None, 1e-6)), (rms_norm_backward, (x, scale, g, d_total, 1e-6))):
+        kernel_, plain = (jax.jit(functools.partial(run, implementation=i), static_argnums=4 if run is rms_norm_backward else 2)
+                          for i in ("kernel", "reference"))
+        for got, again, want in zip(kernel_(*operands), kernel_(*operands), plain(*operands), strict=True):
+            assert got.dtype == want.dtype and bool(jnp.isfinite(got).all()) and bool(jnp.array_equal(got, again)), run.__name__
+            error = jnp.linalg.norm((got - want).astype(jnp.float32)) / jnp.linalg.norm(want.astype(jnp.float32))
+            assert float(error) <= (2e-6 if got.dtype == jnp.float32 else 3e-3), run.__name__
+    same(rms_norm(x, scale, 1e-6, delta, implementation="kernel")[:1], (x + delta,))
+
+
+def test_nan_stays_in_its_row_of_a_norm():
+    x, g = (random(seed, 1003, 1536).astype(jnp.bfloat16) for seed in (1, 2))
+    x, scale = x.at[7, 30].set(jnp.nan), jnp.ones(1536)
+    outs = rms_norm(x, scale, 1e-6, implementation="kernel")[1], rms_norm_backward(x, scale, g, g, 1e-6, implementation="kernel")[0]
+    for out in outs:
+        assert jnp.flatnonzero(~jnp.isfinite(out).all(1)).tolist() == [7] and bool(jnp.isnan(out[7]).all())

@@ -10,6 +10,7 @@ from jax import ShapeDtypeStruct as S
 from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quantize, target
 from pallas_kernels.fp8_matmul import tuned
 from pallas_kernels.grouped_matmul import tiles
+from pallas_kernels.norm import rms_norm, rms_norm_backward
 from pallas_kernels.rows import gather, gather_sum, weighted_backward
 
 E4M3, F32, BF16, I32 = jnp.float8_e4m3fn, jnp.float32, jnp.bfloat16, jnp.int32
@@ -54,10 +55,14 @@ KERNELS = {
         (*columns(1024, 512), *columns(1024, 640), S((4,), I32), S((4, 512, 640), F32))),
     "bf16 grouped": (functools.partial(grouped_matmul.matmul, implementation="kernel"),
                      (S((1024, 512), BF16), S((4, 640, 512), BF16), S((4,), I32))),
+    "bf16 grouped, long reduction": (functools.partial(grouped_matmul.matmul, implementation="kernel"),
+                                     (S((1024, 2048), BF16), S((4, 640, 2048), BF16), S((4,), I32))),
     "bf16 grouped dgrad": (functools.partial(grouped_matmul.dgrad, implementation="kernel"),
                            (S((1024, 640), BF16), S((4, 640, 512), BF16), S((4,), I32))),
     "bf16 grouped gradient": (lambda *a: grouped_matmul.weight_gradient(*a[:3], accumulate=a[3], implementation="kernel"),
                               (S((1024, 640), BF16), S((1024, 512), BF16), S((4,), I32), S((4, 640, 512), F32))),
+    "bf16 grouped gradient, long groups": (functools.partial(grouped_matmul.weight_gradient, implementation="kernel"),
+                                           (S((16384, 640), BF16), S((16384, 512), BF16), S((4,), I32))),
     "quantise both": (functools.partial(quantize.quantize_both, implementation="kernel"), (S((256, 2112), BF16),)),
     "quantise weight": (functools.partial(quantize.quantize_weight, implementation="kernel"), (S((2, 64, 128), F32),)),
     "quantise e5m6": (functools.partial(quantize.quantize_tiles, format="e5m6", power_of_two=True,
@@ -73,6 +78,13 @@ KERNELS = {
     "rows, plain sum of 8": (functools.partial(gather_sum, implementation="kernel"), (S((900, 136), F32), S((100, 8), I32))),
     "rows, weighted backward": (functools.partial(weighted_backward, implementation="kernel"),
                                 (S((4096, 7168), BF16), S((20480, 7168), BF16), S((20480,), I32), S((20480,), F32))),
+    "norm": (lambda x, s, delta: rms_norm(x, s, 1e-6, delta, implementation="kernel"),
+             (S((16384, 1024), BF16), S((1024,), F32), S((16384, 1024), BF16))),
+    "norm, narrow": (functools.partial(rms_norm, eps=1e-6, implementation="kernel"), (S((1003, 136), F32), S((136,), F32))),
+    "norm, backward": (lambda x, s, g, d: rms_norm_backward(x, s, g, d, 1e-6, implementation="kernel"),
+                       (S((16384, 1024), BF16), S((1024,), F32), *[S((16384, 1024), BF16)] * 2)),
+    "norm, wide backward": (lambda x, s, g, d: rms_norm_backward(x, s, g, d, 1e-6, implementation="kernel"),
+                            (S((4096, 7168), BF16), S((7168,), F32), *[S((4096, 7168), BF16)] * 2)),
 }
 
 
@@ -173,5 +185,7 @@ def test_kernels_lower_inside_shard_map_and_vmap(hopper):
     assert "mosaic_gpu" in jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     rows_of_many = jax.jit(jax.vmap(quantize.quantize_tiles)).trace(S((3, 256, 256), BF16))
     assert "mosaic_gpu" in rows_of_many.lower(lowering_platforms=("cuda",)).as_text()
+    norms_of_many = jax.jit(jax.vmap(lambda x, s: rms_norm(x, s, 1e-6))).trace(S((3, 256, 256), BF16), S((3, 256), F32))
+    assert "mosaic_gpu" in norms_of_many.lower(lowering_platforms=("cuda",)).as_text()
     sums_of_many = jax.jit(jax.vmap(gather_sum)).trace(S((3, 256, 256), BF16), S((3, 64, 4), I32), S((3, 64, 4), F32))
     assert "mosaic_gpu" in sums_of_many.lower(lowering_platforms=("cuda",)).as_text()

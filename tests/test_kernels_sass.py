@@ -39,6 +39,8 @@ def test_a_product_runs_on_the_tensor_cores_out_of_registers(compiled, name):
         assert kernel.spilled <= SPILLED.get(name, 0)
         assert kernel.count(ours) >= 4 and not kernel.count(other)
         assert not [w for w in kernel.warnings if "spill" not in w], "ptxas runs wgmmas one at a time"
+        in_turn = "bf16" in name and "long" not in name
+        assert bool(kernel.count("BAR.ARV")) == in_turn  # consumers that have tiles in turn hand it over
 
 
 @pytest.mark.parametrize("name", [n for n in KERNELS if "quanti" in n or "swiglu" in n])
@@ -56,6 +58,19 @@ def test_rows_move_by_16_bytes_with_all_loads_under_way_before_the_first_use(com
     stores = [m.start() for m in re.finditer(r"STG\.E\S*\.128", kernel.sass)]
     assert len(loads) == (int(name[-1]) if "sum" in name else 8) and len(stores) == (1 if "sum" in name else 4 if "back" in name else 8)
     assert loads[-1] < stores[0] and not re.search(r"F(FMA|MUL|ADD)", kernel.sass[loads[0]:loads[-1]]), "a load waits for another's use"
+
+
+@pytest.mark.parametrize("name", [n for n in KERNELS if n.startswith("norm")])
+def test_a_norm_copies_by_16_bytes_ahead_of_its_use_and_loads_nothing_else(compiled, name):
+    (kernel,) = compiled(name)
+    assert kernel.registers <= 128 and kernel.spilled == 0 and not kernel.warnings
+    copies, operands = re.findall(r"LDGSTS\S*", kernel.sass), 3 if "back" in name else 1 if "narrow" in name else 2
+    a_turn = 4 * operands
+    assert len(copies) - (6 // operands + 1) * a_turn == (4 if "wide" in name else 1)  # before and in the loop; the rest is the scale
+    assert all("128" in copy for copy in copies) and not re.search(r"\bLD[GL]\.", kernel.sass)
+    in_the_loop = kernel.sass[kernel.sass.rindex("MUFU.RSQ"):]  # and after it: a turn's copies stand together
+    between = in_the_loop[in_the_loop.index("LDGSTS"):in_the_loop.rindex("LDGSTS")]
+    assert between.count("LDGSTS") == a_turn - 1 and "DEPBAR" not in between and "FFMA" not in between
 
 
 @pytest.mark.parametrize("name", [n for n in KERNELS if "gradient" in n and "bf16" not in n])

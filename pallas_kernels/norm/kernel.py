@@ -1,10 +1,10 @@
-"""RMSNorm on Hopper, bound by memory: 16 bytes a lane, all loads of a row under way, each byte read once and written once.
+"""RMSNorm on Hopper, bound by memory: each byte read once and written once, about 100 KB a multiprocessor always on their way.
 
-A row lies in the registers of a warp, or of 2, 4, 8 or 16 (a team) above 2 KiB, whose sums meet in shared memory: at most four
-pieces of 16 bytes a lane of each operand, packed as they came and unpacked where they are used. The forward has a row (several
-narrow ones) a team and many short blocks. The backward has one block of 16 warps a multiprocessor that walks the rows: each lane
-adds the gradient of the scale for its own columns in registers, and a block writes one line of partial sums at its end, for XLA
-to add. The scale is read anew for each row, from L1. Everything is one `plgpu.inline_mgpu` body.
+One block of 16 warps a multiprocessor walks the rows. A row is a team's: a warp's up to 2 KiB, above that 2, 4, 8 or 16 warps' whose
+sums meet in shared memory. Lanes copy their own pieces of 16 bytes of the rows of the next turns to SMEM (cp.async), and read
+nothing but these: no barrier stands between copy and use, and what a turn needs costs no registers before its use. The backward
+adds the gradient of the scale for a lane's own columns in registers; at its end a block writes one line of partial sums, for XLA
+to add. Everything is one `plgpu.inline_mgpu` body.
 """
 import dataclasses
 import functools
@@ -21,9 +21,12 @@ from pallas_kernels.quantize.emit import Emit
 
 REF = plgpu.RefType()
 SCALAR = plgpu.Layout.WG_SPLAT(())
-PIECES = 4  # of 16 bytes that a lane has of each operand: 16 registers
-SEGMENT = 512  # bytes: 16 of each lane of a warp
 MULTIPROCESSORS = 132
+WARPS = 16  # of a block
+THREADS = 32 * WARPS
+PIECES = 4  # of 16 bytes, at most, that a lane has of each operand in a turn
+COPIES = 6  # operands times turns that fit into SMEM, 32 KiB each
+SEGMENT = 512  # bytes: 16 of each lane of a warp
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -45,114 +48,149 @@ class Job:
 
     @property
     def row_bytes(self) -> int:
-        return 16 * self.D // self.width
-
-    @property
-    def segments(self) -> int:
-        return -(-self.row_bytes // SEGMENT)
+        return self.D * jnp.dtype(self.dtype).itemsize
 
     @property
     def team(self) -> int:
         """Warps of a row, a power of two."""
-        return 1 << (-(-self.segments // PIECES) - 1).bit_length()
+        return 1 << (-(-self.row_bytes // (PIECES * SEGMENT)) - 1).bit_length()
 
     @property
     def pieces(self) -> int:
-        """Of a lane of a team."""
-        return -(-self.segments // self.team)
+        """Of a row, a lane."""
+        return -(-self.row_bytes // (self.team * SEGMENT))
+
+    @property
+    def columns(self) -> int:
+        """Of a team's pieces: D or more."""
+        return 32 * self.team * self.pieces * self.width
 
     @property
     def rows(self) -> int:
-        """Of a team at once."""
+        """Of a team, a turn."""
         return PIECES // self.pieces
 
     @property
-    def warps(self) -> int:
-        """Of a block."""
-        return 16 if self.backward else max(8, self.team)
+    def operands(self) -> int:
+        """Of the size of x."""
+        return 1 + self.backward + self.added
+
+    @property
+    def stages(self) -> int:
+        """Turns whose rows are in SMEM or on their way there."""
+        return COPIES // self.operands
 
     @property
     def steps(self) -> int:
-        """Times that a block's worth of rows is taken, by all blocks together."""
-        return -(-self.M // (self.warps // self.team * self.rows))
+        """Turns of all blocks together."""
+        return -(-self.M // (WARPS // self.team * self.rows))
 
     @property
     def grid(self) -> int:
-        return min(self.steps, MULTIPROCESSORS) if self.backward else self.steps
+        return min(self.steps, MULTIPROCESSORS)
 
 
 def unfit(job: Job, scale: str) -> str:
     """Why the kernel does not take this job ('' when it does)."""
     if job.dtype not in DTYPES or scale != "float32":
         return f"no kernel reads rows of {job.dtype} with a scale of {scale}"
-    if job.D * jnp.dtype(job.dtype).itemsize % 16:
-        return f"rows of {job.D} {job.dtype}: must be a multiple of 16 bytes"
-    if job.team > 16:
-        return f"rows of {job.row_bytes} bytes: must be {16 * PIECES * SEGMENT} at most"
-    return "" if job.M and job.D else "nothing to do"
+    if not job.M or not job.D:
+        return "nothing to do"
+    if job.row_bytes % 16 or job.team > WARPS:
+        return f"rows of {job.row_bytes} bytes: must be a multiple of 16 up to {WARPS * PIECES * SEGMENT}"
+    return ""
 
 
 class NormEmit(Emit):
-    """A lane's share of a row: piece i is the 16 bytes at `byte` + i * `pitch`."""
+    """A lane's share of the rows: piece i of a row is the 16 bytes at `byte` + i * `pitch`."""
 
-    def __init__(self, job: Job, block, sums):
+    def __init__(self, job: Job, block, sums, ring, staged):
         super().__init__()
-        self.job, self.block, self.sums = job, block, hopper._address(sums)
+        self.job, self.block = job, block
+        self.sums, self.ring, self.staged = map(hopper._address, (sums, ring, staged))
         self.thread = utils.thread_idx()
         self.lane, self.warp = self.rem(self.thread, 32), self.div(self.thread, 32)
         self.byte = self.mul(self.rem(self.thread, 32 * job.team), 16)
         self.pitch = SEGMENT * job.team
 
-    def rows(self, step):
+    def rows(self, turn):
         """[(row, whether there is one)] of this team."""
-        team = self.add(self.mul(step, self.job.warps // self.job.team), self.div(self.warp, self.job.team))
-        rows = [self.add(self.mul(team, self.job.rows), i) for i in range(self.job.rows)]
+        step = self.add(self.mul(turn, self.job.grid), self.block)
+        team = self.add(self.mul(step, WARPS // self.job.team), self.div(self.warp, self.job.team))
+        rows = [self.add(self.mul(team, self.job.rows), n) for n in range(self.job.rows)]
         return [(row, self.less(row, self.job.M)) for row in rows]
 
-    def inside(self, i: int, live=None):
+    def inside(self, i: int, live):
         """live, and piece i of this lane lies in the row."""
-        if (i + 1) * self.pitch > self.job.row_bytes:
-            inside = self.less(self.byte, self.job.row_bytes - i * self.pitch)
-            return inside if live is None else arith.andi(live, inside)
-        return self.less(self.int(0), 1) if live is None else live
+        if (i + 1) * self.pitch <= self.job.row_bytes:
+            return live
+        return arith.andi(live, self.less(self.byte, self.job.row_bytes - i * self.pitch))
 
-    def address(self, ref, row, i: int):
-        return self.pointer(ref, self.element(row, self.job.row_bytes, self.add(self.byte, i * self.pitch)), 1)
+    def address(self, ref, row):
+        """Of this lane's first piece. Anew: LLVM would carry a pointer for every operand around the loop."""
+        return self.pointer(ref, self.element(self.anew(row), self.job.row_bytes, self.byte), 1)
 
-    def load16(self, address, live, how=".L1::no_allocate"):
-        """Four words, zeros unless `live`. With effects: all loads that stand together stay together."""
-        out = self.asm(
-            llvm.StructType.get_literal([self.i32] * 4),
-            "{\n.reg .pred p;\nsetp.ne.b32 p, $5, 0;\nmov.b32 $0, 0;\nmov.b32 $1, 0;\nmov.b32 $2, 0;\nmov.b32 $3, 0;\n"
-            f"@p ld.global.nc{how}.v4.b32 {{$0, $1, $2, $3}}, [$4];\n}}", [address, arith.extui(self.i32, live)], "=&r,=&r,=&r,=&r,l,r")
-        return [llvm.extractvalue(self.i32, out, [i]) for i in range(4)]
+    def place(self, turn, operand: int, n: int, i: int):
+        """(address, offset) in SMEM of piece i of row n of a turn."""
+        of_stage = 16 * THREADS * self.job.operands * self.job.rows * self.job.pieces
+        address = self.add(self.ring, self.mul(self.thread, 16), self.mul(self.rem(turn, self.job.stages), of_stage))
+        return address, 16 * THREADS * ((operand * self.job.rows + n) * self.job.pieces + i)
 
-    def load_row(self, ref, row, live):
-        return [self.load16(self.address(ref, row, i), self.inside(i, live)) for i in range(self.job.pieces)]
+    def copy16(self, place, address, offset: int, live):
+        """Starts a copy to SMEM, of zeros unless `live`."""
+        size = arith.select(live, self.int(16), self.int(0))
+        self.void(f"cp.async.cg.shared.global [$0 + {place[1]}], [$1 + {offset}], 16, $2;", [place[0], address, size], "r,l,r,~{memory}")
 
-    def store_piece(self, ref, row, i: int, words, live):
-        self.store(self.address(ref, row, i), words, self.inside(i, live))
+    def fill(self, refs, turn):
+        """Starts the copies of a turn's rows."""
+        for operand, ref in enumerate(refs):
+            for n, (row, exists) in enumerate(self.rows(turn)):
+                address = self.address(ref, row)
+                for i in range(self.job.pieces):
+                    self.copy16(self.place(turn, operand, n, i), address, i * self.pitch, self.inside(i, exists))
+        self.void("cp.async.commit_group;", [], "~{memory}")
 
-    def scale(self, ref, i: int):
-        """The scale of this lane's columns of piece i."""
-        at = self.pointer(ref, arith.extsi(self.i64, self.div(self.add(self.byte, i * self.pitch), 16)), 4 * self.job.width)
-        parts = [arith.addi(at, arith.constant(self.i64, 16 * k)) for k in range(self.job.width // 4)]
-        return [self.to_float(w) for part in parts for w in self.load16(part, self.inside(i), "")]
+    def fill_scale(self, ref):
+        """As `scale` reads it. Zeros past the last column: what lanes outside the row have is zero too, and must stay so."""
+        lanes, wider = 32 * self.job.team, self.job.width // 4
+        for first in range(0, self.job.columns // 4, THREADS):
+            four = self.add(self.thread, first)  # columns
+            part = self.add(self.mul(self.div(four, lanes * wider), wider), self.rem(four, wider))
+            place = self.add(self.mul(part, lanes), self.rem(self.div(four, wider), lanes))
+            with utils.when(self.less(four, self.job.columns // 4)):
+                at = self.pointer(ref, arith.extsi(self.i64, four), 16)
+                self.copy16((self.add(self.staged, self.mul(place, 16)), 0), at, 0, self.less(four, self.job.D // 4))
+        self.void("cp.async.commit_group;", [], "~{memory}")
 
-    def unpack(self, words):
-        """Anew: unpacked once for all uses they would stay so, in twice the registers."""
-        return self.floats([self.anew(w) for w in words], self.job.dtype)
+    def filled(self, ahead: int):
+        """Waits until all copies but those of the last `ahead` fills are there."""
+        self.void(f"cp.async.wait_group {ahead};", [], "~{memory}")
 
-    def pack(self, values):
+    def shared16(self, address, offset: int):
+        """Four words of SMEM. Volatile: ptxas would keep what it has read once, in registers."""
+        out = self.asm(llvm.StructType.get_literal([self.i32] * 4), f"ld.volatile.shared.v4.b32 {{$0, $1, $2, $3}}, [$4 + {offset}];",
+                       [address], "=r,=r,=r,=r,r,~{memory}")
+        return [llvm.extractvalue(self.i32, out, [k]) for k in range(4)]
+
+    def scale(self, i: int):
+        """Of the columns of piece i: its first four of all lanes, then (rows of two bytes a column) its last four. No bank conflicts."""
+        at, wider = self.add(self.staged, self.byte), self.job.width // 4
+        return [self.to_float(w) for k in range(wider) for w in self.shared16(at, self.pitch * (i * wider + k))]
+
+    def read(self, turn, n: int, i: int, operands: int):
+        """Piece i of row n of the first operands, in float32."""
+        return [self.floats(self.shared16(*self.place(turn, operand, n, i)), self.job.dtype) for operand in range(operands)]
+
+    def packed(self, values):
+        """Four words of the job's dtype."""
         if self.job.dtype == "float32":
             return [self.bits(v) for v in values]
         half = "bf16x2" if self.job.dtype == "bfloat16" else "f16x2"
         return [self.asm(self.i32, f"cvt.rn.{half}.f32 $0, $2, $1;", [lo, hi], "=r,f,f", False)
                 for lo, hi in zip(values[::2], values[1::2], strict=True)]
 
-    def inverse_rms(self, squares):
-        mean = math.fma(squares, self.float(1 / self.job.D), self.float(self.job.eps))
-        return self.asm(self.f32, "rsqrt.approx.f32 $0, $1;", [mean], "=f,f", False)
+    def store16(self, address, i: int, words, live):
+        self.store(arith.addi(address, arith.constant(self.i64, i * self.pitch)), words, self.inside(i, live))
 
     def across(self, values, lanes: int):
         """Each summed over groups of so many lanes, which all get the same bits."""
@@ -161,119 +199,120 @@ class NormEmit(Emit):
             values = [arith.addf(v, other) for v, other in zip(values, others, strict=True)]
         return values
 
-    def total(self, values, turn):
-        """Each (two at most, for a team of several warps) summed over the team."""
-        values = self.across(values, 32)
-        if self.job.team == 1:
-            return values
-        first = self.add(self.sums, self.mul(self.rem(turn, 2), 8 * self.job.warps))  # the turn before is still being read
-        self.void("{\n.reg .pred p;\nsetp.eq.b32 p, $1, 0;\n@p st.shared.v2.f32 [$0], {$2, $3};\n}",
-                  [self.add(first, self.mul(self.warp, 8)), self.lane, values[0], values[-1]], "r,r,f,f,~{memory}")
-        team = self.div(self.warp, self.job.team)
-        self.void(f"bar.sync $0, {32 * self.job.team};", [self.add(team, 1)], "r,~{memory}")
-        warp = self.add(self.mul(team, self.job.team), self.rem(self.lane, self.job.team))
-        words = self.load_shared(self.add(first, self.mul(warp, 8)), 2)
-        return self.across([self.to_float(w) for w in words[:len(values)]], self.job.team)
+    def total(self, turn, *values):
+        """One or two sums over the team."""
+        values, team = self.across(values, 32), self.job.team
+        if team > 1:
+            first = self.add(self.sums, self.mul(self.rem(turn, 2), 8 * WARPS))  # those of the last turn may still be read
+            mine = self.div(self.warp, team)
+            self.void("{\n.reg .pred p;\nsetp.eq.b32 p, $1, 0;\n@p st.shared.v2.f32 [$0], {$2, $3};\n}",
+                      [self.add(first, self.mul(self.warp, 8)), self.lane, values[0], values[-1]], "r,r,f,f,~{memory}")
+            self.void(f"bar.sync $0, {32 * team};", [self.add(mine, 1)], "r,~{memory}")
+            warp = self.add(self.mul(mine, team), self.rem(self.lane, team))
+            words = self.load_shared(self.add(first, self.mul(warp, 8)), 2)
+            values = self.across([self.to_float(w) for w in words[:len(values)]], team)
+        return values
+
+    def inverse_rms(self, squares):
+        mean = math.fma(squares, self.float(1 / self.job.D), self.float(self.job.eps))
+        return self.asm(self.f32, "rsqrt.approx.f32 $0, $1;", [mean], "=f,f", False)
 
 
-def _squares(e: NormEmit, row):
-    """This lane's sum of squares of a row in pieces."""
-    total = e.float(0.0)
-    for words in row:
-        for x in e.unpack(words):
-            total = math.fma(x, x, total)
-    return total
+def _forward_row(e: NormEmit, turn, n, row, exists, outputs, carry):
+    *total, normed = outputs
+    squares, values = e.float(0.0), []
+    for i in range(e.job.pieces):
+        x, *delta = e.read(turn, n, i, e.job.operands)
+        if delta:
+            words = e.packed([arith.addf(a, b) for a, b in zip(x, delta[0], strict=True)])
+            e.store16(e.address(total[0], row), i, words, exists)
+            x = e.floats(words, e.job.dtype)
+        for v in x:
+            squares = math.fma(v, v, squares)
+        values.append(x)
+    r, to = e.inverse_rms(*e.total(turn, squares)), e.address(normed, row)
+    for i, x in enumerate(values):
+        e.store16(to, i, e.packed([arith.mulf(arith.mulf(v, r), s) for v, s in zip(x, e.scale(i), strict=True)]), exists)
+    return carry
 
 
-def _forward(e: NormEmit, x, *refs):
-    delta, scale, total, normed = refs if e.job.added else (None, refs[0], None, refs[1])
-    rows = e.rows(e.block)
-    words = [e.load_row(x, *row) for row in rows]
-    if e.job.added:
-        others = [e.load_row(delta, *row) for row in rows]
-        for n, (row, exists) in enumerate(rows):
-            for i, other in enumerate(others[n]):
-                both = zip(e.unpack(words[n][i]), e.unpack(other), strict=True)
-                words[n][i] = e.pack([arith.addf(a, b) for a, b in both])
-                e.store_piece(total, row, i, words[n][i], exists)
-    squares = e.total([_squares(e, row_words) for row_words in words], e.int(0))
-    for (row, exists), row_words, sum_ in zip(rows, words, squares, strict=True):
-        r = e.inverse_rms(sum_)
-        for i, piece in enumerate(row_words):
-            values = zip(e.unpack(piece), e.scale(scale, i), strict=True)
-            e.store_piece(normed, row, i, e.pack([arith.mulf(arith.mulf(v, r), s) for v, s in values]), exists)
-
-
-def _backward(e: NormEmit, x, scale, g, *refs):
-    *d_total, dx, partials, columns = refs
+def _backward_row(e: NormEmit, turn, n, row, exists, outputs, d_scale):
     job, zero = e.job, e.float(0.0)
-
-    def one_row(row, exists, x_row, g_row, more, d_scale, turn):
-        squares, dot = _squares(e, x_row), zero
-        for i, pieces in enumerate(zip(x_row, g_row, strict=True)):
-            for a, b, s in zip(*map(e.unpack, pieces), e.scale(scale, i), strict=True):
-                dot = math.fma(a, arith.mulf(b, s), dot)
-        squares, dot = e.total([squares, dot], turn)
-        r = arith.select(exists, e.inverse_rms(squares), zero)  # no row adds nothing, whatever eps
-        mean = arith.mulf(arith.mulf(dot, r), e.float(-1 / job.D))
-        for i, pieces in enumerate(zip(x_row, g_row, strict=True)):
-            out, rest = [], e.unpack(more[i]) if more else [zero] * job.width
-            for k, (a, b, s, c) in enumerate(zip(*map(e.unpack, pieces), e.scale(scale, i), rest, strict=True)):
-                normed = arith.mulf(a, r)
-                d_scale[i * job.width + k] = math.fma(b, normed, d_scale[i * job.width + k])
-                out.append(math.fma(math.fma(normed, mean, arith.mulf(b, s)), r, c))
-            e.store_piece(dx, row, i, e.pack(out), exists)
-
-    @utils.fori(e.int(-(-job.steps // job.grid)), [zero] * (job.pieces * job.width))
-    def walk(turn, d_scale):
-        rows, d_scale = e.rows(e.add(e.mul(turn, job.grid), e.block)), list(d_scale)
-        x_rows, g_rows, *more = ([e.load_row(ref, *row) for row in rows] for ref in (x, g, *d_total))
-        for n, row in enumerate(rows):
-            one_row(*row, x_rows[n], g_rows[n], more[0][n] if more else None, d_scale, turn)
-        return d_scale
-
-    _store_partials(e, walk.results, partials, hopper._address(columns))
-
-
-def _store_partials(e: NormEmit, d_scale, partials, columns):
-    """Sums over the block's teams, one piece after the other: a row of partials."""
-    job, threads = e.job, 32 * e.job.warps
-    quads = 32 * job.team * job.width // 4  # groups of four columns in a piece of the team
+    squares, dot, d_scale = zero, zero, list(d_scale)
     for i in range(job.pieces):
-        for k in range(0, job.width, 4):
-            e.void("st.shared.v4.f32 [$0], {$1, $2, $3, $4};",
-                   [e.add(columns, e.mul(e.thread, 4 * job.width), 4 * k), *d_scale[i * job.width + k:][:4]], "r,f,f,f,f,~{memory}")
+        for scale, x, g in zip(e.scale(i), *e.read(turn, n, i, 2), strict=True):
+            squares, dot = math.fma(x, x, squares), math.fma(x, arith.mulf(g, scale), dot)
+    squares, dot = e.total(turn, squares, dot)
+    r = arith.select(exists, e.inverse_rms(squares), zero)  # no row adds nothing, whatever eps
+    mean, to = arith.mulf(arith.mulf(dot, r), e.float(-1 / job.D)), e.address(outputs[0], row)
+    for i in range(job.pieces):
+        out = []
+        columns = zip(e.scale(i), *e.read(turn, n, i, job.operands), strict=True)
+        for k, (scale, x, g, *d_total) in enumerate(columns, i * job.width):
+            normed = arith.mulf(x, r)
+            d_scale[k] = math.fma(g, normed, d_scale[k])
+            out.append(math.fma(math.fma(normed, mean, arith.mulf(g, scale)), r, d_total[0] if d_total else zero))
+        e.store16(to, i, e.packed(out), exists)
+    return d_scale
+
+
+def _walk(e: NormEmit, operands, scale, outputs):
+    job, row_of = e.job, _backward_row if e.job.backward else _forward_row
+    e.fill_scale(scale)
+    for turn in range(job.stages):
+        e.fill(operands, e.int(turn))
+    e.filled(job.stages)
+    e.barrier()
+
+    @utils.fori(e.int(-(-job.steps // job.grid)), [e.float(0.0)] * (job.pieces * job.width if job.backward else 0))
+    def walk(turn, carry):
+        e.filled(job.stages - 1)
+        for n, row in enumerate(e.rows(turn)):
+            carry = row_of(e, turn, n, *row, outputs, carry)
+        e.fill(operands, e.add(turn, job.stages))
+        return carry
+
+    e.filled(0)
+    if job.backward:
+        _store_partials(e, walk.results, outputs[1])
+
+
+def _store_partials(e: NormEmit, d_scale, partials):
+    """Sums over the block's teams, a piece after the other, where the rows were: a line of partials."""
+    quads = 32 * e.job.team * e.job.width // 4  # groups of four columns in a piece of a team
+    mine = e.add(e.ring, e.mul(e.thread, 4 * e.job.width))
+    for i in range(e.job.pieces):
         e.barrier()
-        for first in range(0, quads, threads):
-            quad, total = e.add(e.thread, first), None
-            for team in range(job.warps // job.team):
-                inside = e.add(e.mul(e.rem(quad, quads), 16), 16 * quads * team)
-                words = [e.to_float(w) for w in e.load_shared(e.add(columns, inside), 4)]
-                total = words if total is None else [arith.addf(a, b) for a, b in zip(total, words, strict=True)]
-            column = e.add(e.mul(quad, 4), 4 * quads * i)
-            live = arith.andi(e.less(quad, quads), e.less(column, job.D))
-            e.store(e.pointer(partials, e.element(e.block, job.D, column), 4), [e.bits(v) for v in total], live)
+        for k in range(0, e.job.width, 4):
+            four = d_scale[i * e.job.width + k:][:4]
+            e.void("st.shared.v4.f32 [$0], {$1, $2, $3, $4};", [e.add(mine, 4 * k), *four], "r,f,f,f,f,~{memory}")
         e.barrier()
+        for first in range(0, quads, THREADS):
+            quad = e.add(e.thread, first)
+            at, column = e.add(e.ring, e.mul(e.rem(quad, quads), 16)), e.add(e.mul(quad, 4), 4 * quads * i)
+            teams = ([e.to_float(w) for w in e.shared16(at, 16 * quads * team)] for team in range(WARPS // e.job.team))
+            total = functools.reduce(lambda a, b: [arith.addf(x, y) for x, y in zip(a, b, strict=True)], teams)
+            live = arith.andi(e.less(quad, quads), e.less(column, e.job.D))
+            e.store(e.pointer(partials, e.element(e.block, e.job.D, column), 4), [e.bits(v) for v in total], live)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # traced and compiled once a shape, however often a model calls it
-def run(job: Job, *operands: jax.Array):
-    """Forward: x(, delta), scale -> (total,) normed. Backward: x, scale, g(, d_total) -> dx, partial sums of d_scale f32 [grid, D]."""
+def run(job: Job, scale: jax.Array, *operands: jax.Array):
+    """Forward: scale, x(, delta) -> (total,) normed. Backward: scale, x, g(, d_total) -> dx, partial sums of d_scale f32 [grid, D]."""
     rows = jax.ShapeDtypeStruct((job.M, job.D), jnp.dtype(job.dtype))
-    scratch = [plgpu.SMEM((4 * job.warps,), jnp.float32)]
     if job.backward:
         out = rows, jax.ShapeDtypeStruct((job.grid, job.D), jnp.float32)
-        scratch.append(plgpu.SMEM((32 * job.warps * job.width,), jnp.float32))
     else:
-        out = (rows,) * (2 if job.added else 1)
+        out = (rows,) * (1 + job.added)
+    scratch = (plgpu.SMEM((2 * 2 * WARPS,), jnp.float32), plgpu.SMEM((COPIES * PIECES * THREADS * 4,), jnp.int32),
+               plgpu.SMEM((job.columns,), jnp.float32))
 
-    def inner(ctx, block, sums, *refs):
-        (_backward if job.backward else _forward)(NormEmit(job, block.registers.item(), sums), *refs)
+    def inner(ctx, block, scale, *refs):
+        rows, smem = refs[:-3], refs[-3:]
+        _walk(NormEmit(job, block.registers.item(), *smem), rows[:job.operands], scale, rows[job.operands:])
 
     def body(*refs):
-        sums = len(operands) + len(out)
-        refs = (refs[sums], *refs[:sums], *refs[sums + 1:])
         plgpu.inline_mgpu(arg_types=(SCALAR,) + (REF,) * len(refs))(inner)(lax.axis_index("grid"), *refs)
 
     name = "rms_norm_backward" if job.backward else "rms_norm"
-    return hopper.launch(body, operands, out, tuple(scratch), name=name, cluster=1, warpgroups=job.warps // 4, grid=job.grid)
+    return hopper.launch(body, (scale, *operands), out, scratch, name=name, cluster=1, warpgroups=WARPS // 4, grid=job.grid)

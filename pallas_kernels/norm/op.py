@@ -46,7 +46,7 @@ def rms_norm(
     job = _job(False, x, scale, eps, delta=delta)
     if not takes_kernel(x, scale, implementation):
         return reference.rms_norm(x, scale, eps, delta)
-    out = kernel.run(job, x, *(() if delta is None else (delta,)), scale)
+    out = kernel.run(job, scale, x, *(() if delta is None else (delta,)))
     return (x, *out) if delta is None else tuple(out)
 
 
@@ -58,5 +58,5 @@ def rms_norm_backward(
     job = _job(True, x, scale, eps, g=g, d_total=d_total)
     if not takes_kernel(x, scale, implementation):
         return reference.rms_norm_backward(x, scale, g, d_total, eps)
-    dx, partials = kernel.run(job, x, scale, g, *(() if d_total is None else (d_total,)))
+    dx, partials = kernel.run(job, scale, x, g, *(() if d_total is None else (d_total,)))
     return dx, jnp.sum(partials, axis=0)
