@@ -71,10 +71,11 @@ class Emit:
                        ",".join(["=&r"] * words + ["l", "r"]), effects=False)
         return [llvm.extractvalue(self.i32, out, [i]) for i in range(words)] if words > 1 else [out]
 
-    def store(self, address, words, live):
+    def store(self, address, words, live, hint=""):
+        """hint: '.cs' for what is written once and not read again soon, so that it leaves L2 first."""
         n = len(words)
         names = ", ".join(f"${i + 2}" for i in range(n))
-        what = f".v{n}.b32 [$0], {{{names}}}" if n > 1 else f".b32 [$0], {names}"
+        what = hint + (f".v{n}.b32 [$0], {{{names}}}" if n > 1 else f".b32 [$0], {names}")
         self.void("{\n.reg .pred p;\nsetp.ne.b32 p, $1, 0;\n" + f"@p st.global{what};\n}}",
                   [address, arith.extui(self.i32, live), *words], ",".join(["l", "r"] + ["r"] * n + ["~{memory}"]))
 

@@ -119,8 +119,8 @@ class RowEmit(Emit):
             [self.address(ref, row), arith.extui(self.i32, self.mine(live))], "=&r,=&r,=&r,=&r,l,r")
         return [llvm.extractvalue(self.i32, out, [i]) for i in range(4)]
 
-    def store16(self, ref, row, words, live):
-        self.store(self.address(ref, row), words, self.mine(live))
+    def store16(self, ref, row, words, live, hint=""):
+        self.store(self.address(ref, row), words, self.mine(live), hint)
 
     def packed(self, values):
         """Four words of the job's dtype."""
@@ -151,7 +151,7 @@ def _gather(e: RowEmit, x, source, out):
     rows = list(_own_indices(e, source))
     words = [e.load16(x, token, real) for _, _, token, real in rows]
     for (row, exists, _, _), row_words in zip(rows, words, strict=True):
-        e.store16(out, row, row_words, exists)
+        e.store16(out, row, row_words, exists, ".cs")  # the source stays in L2, where it is read again
 
 
 def _gather_sum(e: RowEmit, rows, position, *refs):
