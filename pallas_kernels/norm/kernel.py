@@ -181,23 +181,8 @@ class NormEmit(Emit):
         """Piece i of row n of the first operands, in float32."""
         return [self.floats(self.shared16(*self.place(turn, operand, n, i)), self.job.dtype) for operand in range(operands)]
 
-    def packed(self, values):
-        """Four words of the job's dtype."""
-        if self.job.dtype == "float32":
-            return [self.bits(v) for v in values]
-        half = "bf16x2" if self.job.dtype == "bfloat16" else "f16x2"
-        return [self.asm(self.i32, f"cvt.rn.{half}.f32 $0, $2, $1;", [lo, hi], "=r,f,f", False)
-                for lo, hi in zip(values[::2], values[1::2], strict=True)]
-
     def store16(self, address, i: int, words, live):
         self.store(arith.addi(address, arith.constant(self.i64, i * self.pitch)), words, self.inside(i, live))
-
-    def across(self, values, lanes: int):
-        """Each summed over groups of so many lanes, which all get the same bits."""
-        while lanes := lanes // 2:
-            others = [self.to_float(self.shuffle(self.bits(v), self.int(lanes), "bfly")) for v in values]
-            values = [arith.addf(v, other) for v, other in zip(values, others, strict=True)]
-        return values
 
     def total(self, turn, *values):
         """One or two sums over the team."""
@@ -224,7 +209,7 @@ def _forward_row(e: NormEmit, turn, n, row, exists, outputs, carry):
     for i in range(e.job.pieces):
         x, *delta = e.read(turn, n, i, e.job.operands)
         if delta:
-            words = e.packed([arith.addf(a, b) for a, b in zip(x, delta[0], strict=True)])
+            words = e.words([arith.addf(a, b) for a, b in zip(x, delta[0], strict=True)], e.job.dtype)
             e.store16(e.address(total[0], row), i, words, exists)
             x = e.floats(words, e.job.dtype)
         for v in x:
@@ -232,7 +217,8 @@ def _forward_row(e: NormEmit, turn, n, row, exists, outputs, carry):
         values.append(x)
     r, to = e.inverse_rms(*e.total(turn, squares)), e.address(normed, row)
     for i, x in enumerate(values):
-        e.store16(to, i, e.packed([arith.mulf(arith.mulf(v, r), s) for v, s in zip(x, e.scale(i), strict=True)]), exists)
+        out = [arith.mulf(arith.mulf(v, r), s) for v, s in zip(x, e.scale(i), strict=True)]
+        e.store16(to, i, e.words(out, e.job.dtype), exists)
     return carry
 
 
@@ -252,7 +238,7 @@ def _backward_row(e: NormEmit, turn, n, row, exists, outputs, d_scale):
             normed = arith.mulf(x, r)
             d_scale[k] = math.fma(g, normed, d_scale[k])
             out.append(math.fma(math.fma(normed, mean, arith.mulf(g, scale)), r, d_total[0] if d_total else zero))
-        e.store16(to, i, e.packed(out), exists)
+        e.store16(to, i, e.words(out, job.dtype), exists)
     return d_scale
 
 

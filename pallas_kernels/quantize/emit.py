@@ -82,6 +82,13 @@ class Emit:
     def shuffle(self, x, lane, mode):
         return self.asm(self.i32, f"shfl.sync.{mode}.b32 $0, $1, $2, 0x1f, 0xffffffff;", [x, lane], "=r,r,r")
 
+    def across(self, values, lanes: int):
+        """Each summed over groups of so many lanes, a power of two, which all get the same bits."""
+        while lanes := lanes // 2:
+            others = [self.to_float(self.shuffle(self.bits(v), self.int(lanes), "bfly")) for v in values]
+            values = [arith.addf(v, other) for v, other in zip(values, others, strict=True)]
+        return values
+
     def max_u16x2(self, a, b):
         return self.asm(self.i32, "max.u16x2 $0, $1, $2;", [a, b], "=r,r,r", False)
 
@@ -123,6 +130,14 @@ class Emit:
                         half = arith.trunci(ir.IntegerType.get_signless(16), arith.shrui(pair, self.int(shift)))
                         out.append(arith.extf(self.f32, arith.bitcast(self.f16, half)))
         return out
+
+    def words(self, values, dtype):
+        """Values rounded to float32, bfloat16 or float16 and packed in 32-bit words."""
+        if dtype == "float32":
+            return [self.bits(v) for v in values]
+        half = "bf16x2" if dtype == "bfloat16" else "f16x2"
+        return [self.asm(self.i32, f"cvt.rn.{half}.f32 $0, $2, $1;", [lo, hi], "=r,f,f", False)
+                for lo, hi in zip(values[::2], values[1::2], strict=True)]
 
     def swiglu(self, gate, up):
         # With effects, so one after the other: LLVM otherwise starts all and needs twice the registers.

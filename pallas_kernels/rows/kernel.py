@@ -122,19 +122,6 @@ class RowEmit(Emit):
     def store16(self, ref, row, words, live, hint=""):
         self.store(self.address(ref, row), words, self.mine(live), hint)
 
-    def packed(self, values):
-        """Four words of the job's dtype."""
-        if self.job.dtype == "float32":
-            return [self.bits(v) for v in values]
-        half = "bf16x2" if self.job.dtype == "bfloat16" else "f16x2"
-        return [self.asm(self.i32, f"cvt.rn.{half}.f32 $0, $2, $1;", [lo, hi], "=r,f,f", False)
-                for lo, hi in zip(values[::2], values[1::2], strict=True)]
-
-    def total_of_warp(self, x):
-        for step in (16, 8, 4, 2, 1):
-            x = arith.addf(x, self.to_float(self.shuffle(self.bits(x), self.int(step), "bfly")))
-        return x
-
 
 def _own_indices(e: RowEmit, index, *others):
     """For each row of the warp (row, exists, index, names one); others: its words of further arrays. One load of each array."""
@@ -169,7 +156,7 @@ def _gather_sum(e: RowEmit, rows, position, *refs):
                 totals = [arith.mulf(v, weight) if weights else v for v in values]
             else:
                 totals = [math.fma(v, weight, t) if weights else arith.addf(t, v) for v, t in zip(values, totals, strict=True)]
-    e.store16(out, e.first, e.packed(totals), exists)
+    e.store16(out, e.first, e.words(totals, e.job.dtype), exists)
 
 
 def _weighted_backward(e: RowEmit, g, rows, source, weights, d_rows, dots):
@@ -180,9 +167,9 @@ def _weighted_backward(e: RowEmit, g, rows, source, weights, d_rows, dots):
         weight = arith.select(real, e.to_float(weight), e.float(0.0))
         for a, b in zip(of_g, of_row, strict=True):
             dot = math.fma(a, b, dot)
-        e.store16(d_rows, row, e.packed([arith.mulf(v, weight) for v in of_g]), exists)
+        e.store16(d_rows, row, e.words([arith.mulf(v, weight) for v in of_g], e.job.dtype), exists)
         line = e.pointer(dots, e.element(e.segment, e.job.written, row), 4)
-        e.store(line, [e.bits(e.total_of_warp(dot))], arith.andi(exists, e.less(e.lane, 1)))
+        e.store(line, [e.bits(*e.across([dot], 32))], arith.andi(exists, e.less(e.lane, 1)))
 
 
 BODIES = {"gather": _gather, "gather_sum": _gather_sum, "weighted_backward": _weighted_backward}
