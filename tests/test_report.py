@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from configs import deepseek_v3
 from model.errors import UserError
 from model.moe import max_violation
-from train import page, plots, report, report_compare, report_recipe, report_traces, run_record
+from train import metrics, page, plots, report, report_compare, report_recipe, report_traces, run_record
 
 VOID = {"meta", "img", "input", "br"}
 
@@ -315,3 +315,11 @@ def test_a_running_mean_has_no_lag_and_leaves_short_curves_alone(rng):
                                               (12345.6, "12,346")])
 def test_numbers_show_the_digits_that_matter(value, shown):
     assert page.number(value) == shown
+
+
+def test_a_logged_float32_has_its_own_digits_and_comes_back(rng):
+    x = (rng.standard_normal(300) * 10.0 ** rng.integers(-30, 30, 300)).astype(np.float32)
+    line = json.dumps(metrics.plain({"x": x, "rate": np.float32(0.001), "wide": np.float64(1 / 3), "bad": np.float32(np.inf)}))
+    back = json.loads(line)
+    np.testing.assert_array_equal(np.asarray(back["x"], np.float32), x)
+    assert '"rate": 0.001,' in line and back["wide"] == 1 / 3 and back["bad"] is None
