@@ -137,15 +137,17 @@ def test_embed_stage_tail_in_turn_are_apply_over_any_slices():
     want, metrics = forward(params, tokens, cfg, router_bias=bias)
     aux = dict(positions=None, segment_ids=None, tokens=tokens)
     run, x, loads = Execution(), transformer.embed(params, tokens, cfg, Execution()), []
+    stage = jax.jit(lambda layers, x, rows: transformer.stage(layers, x, aux | dict(router_bias=rows), cfg, run))
+    tail = jax.jit(lambda x, rows: transformer.tail(params, x, aux | dict(router_bias=rows), cfg, run))
 
     def cut(stack, i, j):
         return jax.tree.map(lambda leaf: leaf[i:j], params[stack])
 
     for layers, rows in ((dict(dense=cut("dense", 0, 1)), bias[:0]), (dict(dense=cut("dense", 1, 2), moe=cut("moe", 0, 1)), bias[:1]),
                          (dict(moe=cut("moe", 1, 2)), bias[1:2])):
-        x, out = transformer.stage(layers, x, aux | dict(router_bias=rows), cfg, run)
+        x, out = stage(layers, x, rows)
         loads += [] if out.load is None else [out.load]
-    got = transformer.tail(params, x, aux | dict(router_bias=bias[2:]), cfg, run)
+    got = tail(x, bias[2:])
     np.testing.assert_allclose(got.logits, want.logits, atol=1e-5)
     np.testing.assert_allclose(got.mtp_logits[0], want.mtp_logits[0], atol=1e-5)
     np.testing.assert_array_equal(jnp.concatenate(loads), metrics["moe/load"][:2])

@@ -79,8 +79,13 @@ def test_experts_equal_dense_products_group_by_group(rng):
     rows, dy = rows.at[384:].set(0), dy.at[384:].set(0)
     w = jnp.array(rng.normal(size=(3, N, K)), jnp.float32)
     prepared = precision.prepare({"down": w}, run)["down"]
-    y, pull = jax.vjp(lambda r, m: precision.grouped_linear(r, sizes, prepared._replace(master=m), run, "moe/down", align=128), rows, w)
-    dx, dw = pull(dy)
+
+    @jax.jit
+    def experts(rows, w, dy):
+        y, pull = jax.vjp(lambda r, m: precision.grouped_linear(r, sizes, prepared._replace(master=m), run, "moe/down", align=128), rows, w)
+        return y, *pull(dy)
+
+    y, dx, dw = experts(rows, w, dy)
     for g, (start, stop) in enumerate(((0, 128), (128, 128), (128, 384))):
         if start == stop:
             assert not np.any(dw[g])
