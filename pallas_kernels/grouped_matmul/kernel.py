@@ -158,7 +158,7 @@ def gemm(
             def per_tile(i, carry, col, _a_row, row, rows, _skip, _group, _first_k, k_blocks):
                 def compute():
                     def reduction(acc):
-                        if c.parts == 1:  # not before the other saw the last fill of every stage: a wait tells even fills from odd ones alone
+                        if c.parts == 1:  # not before the other saw the last fill of each stage: a wait tells only even fills from odd
                             take_turn(wg)
 
                         def per_block(k, carry):
