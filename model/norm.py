@@ -1,13 +1,12 @@
 """RMSNorm (V3 §2.1, Zhang & Sennrich 1910.07467), computed in at least float32; that of the residual stream by our kernel on Hopper."""
 import functools
-import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from model.dtypes import at_least_f32
-from model.sharding import DATA_AXES, by_rows, constrain, param
+from model.sharding import by_rows, constrain, param, row_shards
 from pallas_kernels import norm
 
 RESIDUAL = ("batch", "seq", "embed_activation")
@@ -37,11 +36,9 @@ def add_rms_norm(x, delta, scale, eps: float):
 
 def _takes_kernel(streams, scale) -> bool:
     """Whether the kernel takes these arguments, and each data shard whole sequences of them."""
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty or mesh.manual_axes else math.prod(mesh.shape[axis] for axis in DATA_AXES)
     x = streams[0]
     alike = all((y.shape, y.dtype) == (x.shape, x.dtype) for y in streams)
-    return alike and x.shape[0] % shards == 0 and norm.takes_kernel(jax.eval_shape(_flat, x), scale)
+    return alike and x.shape[0] % row_shards() == 0 and norm.takes_kernel(jax.eval_shape(_flat, x), scale)
 
 
 def _flat(x):

@@ -155,14 +155,19 @@ def constrain(x, axes: tuple[str | None, ...], place: Callable = sharding):
     return jax.lax.with_sharding_constraint(x, place(mesh, axes, x.shape).spec)
 
 
+def row_shards() -> int:
+    """Over how many data shards `by_rows` splits: 1 without a mesh, and inside a shard_map, where rows are one shard's own already."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty or mesh.manual_axes else math.prod(mesh.shape[axis] for axis in DATA_AXES)
+
+
 def by_rows(function, *arrays, whole=(), tile: int = 1, summed: bool = False):
     """function(*arrays, *whole), whose arrays and results share their leading axis (rows, or sequences), run by each data shard on its own:
     XLA would gather the operands of a custom kernel over the whole mesh.
 
     whole: arrays that every shard sees whole. tile: rows that belong together. summed: results are sums over rows, then over shards.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    n = 1 if mesh.empty or mesh.manual_axes else math.prod(mesh.shape[axis] for axis in DATA_AXES)
+    n = row_shards()
     if n == 1 or arrays[0].shape[0] % (n * tile):
         return function(*arrays, *whole)
 
