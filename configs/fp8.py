@@ -7,9 +7,11 @@ Expect: figures in LOG.md and docs/kernels.md.
 Run: python main.py --config=configs/fp8.py --workdir=runs/fp8             (671M parameters, the machine's own Python library)
      python main.py --config=configs/fp8.py:tiny --workdir=runs/fp8_tiny   (the tiny preset, 450 steps of 64 x 128, eight seeds)
      python main.py --config=configs/fp8.py:fp8_block@deepseek_v3:700m     (one run)
+     python main.py --config=configs/fp8.py:base --workdir=runs/fp8_start && python main.py --config=configs/fp8.py:settled \
+       --workdir=runs/fp8_settled                                           (every run goes on from one model of 1,000 steps)
 Differs from the paper: 671M parameters and 16M tokens instead of 16B and 1.3T. So small a run is in its steep part, where two runs that
 differ by rounding alone part by percents: `rounding` beside the FP8 kinds shows by how much. Both sizes therefore train at a calm rate on
-a batch of 16,384 or 8,192 bytes.
+a batch of 16,384 or 8,192 bytes; and `settled` leaves the steep part out: 400 steps from one BF16 model, where runs stay together.
 """
 from __future__ import annotations
 
@@ -21,14 +23,17 @@ DEFAULT_BASE = "deepseek_v3:700m"
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The table ('' or 'tiny'), or one of its runs, NAME or NAME@BASE."""
-    if arg not in ("", "tiny"):
+    """The table ('', 'tiny' or 'settled'), or one of its runs, NAME or NAME@BASE."""
+    if arg not in ("", "tiny", "settled"):
         return ablations.edited(arg, ABLATIONS, "configs/fp8.py", DEFAULT_BASE)
     config = ablate.get_config()
     config.ablate.update(dict(file="configs/fp8.py", base=DEFAULT_BASE, names=tuple(k for k in ABLATIONS if k != "base"), seeds=12,
                               metrics=("log_main_loss", "bits_per_byte"), margin=0.0025))
     if arg == "tiny":
         config.ablate.update(dict(base="deepseek_v3:tiny", seeds=8))
+    if arg == "settled":
+        config.ablate.edits = (*config.ablate.edits, "init_from.path=runs/fp8_start", "pretrain.steps=400", "pretrain.lr.v3.peak=0.0001",
+                               "pretrain.lr.v3.final=0.00001", "pretrain.lr.v3.tail=0.000005", "pretrain.lr.v3.warmup_steps=50")
     return config
 
 

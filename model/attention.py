@@ -188,20 +188,21 @@ def latent_heads(module: nn.Module, a: MLA, x_BTD, layout: Layout, cache, tape):
     B, T, D = x_BTD.shape
     q_width, kv_width = a.n_heads * a.qk_head_dim, a.n_heads * (a.qk_nope_head_dim + a.v_head_dim)
 
+    w_kv_down = param(module, "kv_down", (a.kv_lora_rank + a.qk_rope_head_dim, D), ("kv_lora", "embed"), init)
     if a.q_lora_rank:
         w_q_down = param(module, "q_down", (a.q_lora_rank, D), ("q_lora", "embed"), init)
+        c_q, down = precision.joint_linear(x_BTD, (w_q_down, w_kv_down), run, ("mla/q_down", "mla/kv_down"), tape)
         q_norm = norm_param(module, "q_norm", a.q_lora_rank, "q_lora")
         w_q_up = param(module, "q_up", (q_width, a.q_lora_rank), ("heads", "q_lora"), init)
-        c_q = rms_norm(precision.linear(x_BTD, w_q_down, run, "mla/q_down", tape), q_norm, LATENT_EPS)
-        q = precision.linear(tape.probe("mla", "c_q", c_q), w_q_up, run, "mla/q_up", tape)
+        c_q = tape.probe("mla", "c_q", rms_norm(c_q, q_norm, LATENT_EPS))
+        q = precision.linear(c_q, w_q_up, run, "mla/q_up", tape)
     else:
+        down = precision.linear(x_BTD, w_kv_down, run, "mla/kv_down", tape)
         q = precision.linear(x_BTD, param(module, "q", (q_width, D), ("heads", "embed"), init), run, "mla/q", tape)
     q_BTHK = rotate_tail(q.reshape(B, T, a.n_heads, a.qk_head_dim), layout.rotation)
 
-    w_kv_down = param(module, "kv_down", (a.kv_lora_rank + a.qk_rope_head_dim, D), ("kv_lora", "embed"), init)
     kv_norm = norm_param(module, "kv_norm", a.kv_lora_rank, "kv_lora")
     w_kv_up = param(module, "kv_up", (kv_width, a.kv_lora_rank), ("heads", "kv_lora"), init)
-    down = precision.linear(x_BTD, w_kv_down, run, "mla/kv_down", tape)
     c, k_rope = jnp.split(down, [a.kv_lora_rank], axis=-1)  # its gradient is one concatenation, that of two slices a sum of padded arrays
     c = tape.probe("mla", "c_kv", rms_norm(c, kv_norm, LATENT_EPS))
     k_rope = rotate(k_rope[:, :, None], layout.rotation)[:, :, 0]
