@@ -97,14 +97,15 @@ def test_gradients_of_dispatch_and_combine_are_those_of_a_plain_formula(rng, rou
         scale[E] = 0.0
         row_scale = scale[np.append(experts, E)[np.asarray(route.source)]]
 
-        def ours(x, weights):
-            rows = expert_parallel.dispatch(x, route)
-            return jnp.sum(jnp.cos(expert_parallel.combine(jnp.sin(rows) * row_scale, weights, route)))
+        def ours(x, weights, stream):
+            rows, a, b = expert_parallel.dispatch(x, route, 2)
+            return jnp.sum(jnp.cos(expert_parallel.combine(jnp.sin(rows) * row_scale, weights * a[:, :1], route, (b ** 2, stream))))
 
-        def plain(x, weights):
-            return jnp.sum(jnp.cos(jnp.einsum("md,mkd,mk->md", jnp.sin(x), scale[experts], weights)))
+        def plain(x, weights, stream):
+            return jnp.sum(jnp.cos(jnp.einsum("md,mkd,mk->md", jnp.sin(x), scale[experts], weights * x[:, :1]) + x ** 2 + stream))
 
-        got, want = (jax.jit(jax.grad(f, (0, 1)))(x, weights) for f in (ours, plain))
+        stream = rng.standard_normal((M, D))
+        got, want = (jax.jit(jax.grad(f, (0, 1, 2)))(x, weights, stream) for f in (ours, plain))
         for g, w in zip(got, want, strict=True):
             np.testing.assert_allclose(g, w, rtol=1e-12, atol=1e-12)
 
