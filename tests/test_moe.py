@@ -1,4 +1,6 @@
 """Gate, node limits, balance, dropless dispatch, EPLB: against the paper's numbers and a float64 numpy oracle."""
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -167,6 +169,28 @@ def test_every_implementation_of_the_experts_equals_the_oracle(kind, rng):
         np.testing.assert_array_equal(np.asarray(routing.experts).reshape(18, -1), experts)
         np.testing.assert_allclose(np.asarray(out - stream).reshape(18, 32), numpy_moe(flat, p, weights, experts, cfg), atol=1e-12)
         np.testing.assert_array_equal(routing.load, np.bincount(experts.reshape(-1), minlength=8))
+
+
+@pytest.mark.parametrize("n_shared", [0, 1])
+def test_gradients_of_tokens_meet_in_dispatch_and_are_those_of_every_expert_on_every_token(n_shared, rng):
+    with jax.enable_x64(True):
+        cfg = gate_config(n_shared_experts=n_shared, balance__kind="aux_loss", balance__aux_loss__alpha=0.1)
+        params = jax.tree.map(lambda leaf: leaf[0].astype(jnp.float64), init(cfg)["moe"]["moe"])
+        stream, x, g = (jnp.array(rng.normal(size=(2, 9, 32))) for _ in range(3))
+
+        def gradient(kind):
+            def loss(params, stream, x):
+                layer = moe.MoEFFN(cfg, Execution(experts=kind))
+                out, routing = layer.apply({"params": params}, stream, x, None, jnp.ones((2, 9), bool), LayerTape())
+                return jnp.sum(out * g) + routing.balance
+
+            return jax.grad(loss, (0, 1, 2))
+
+        ours, plain = (jax.make_jaxpr(gradient(kind))(params, stream, x) for kind in ("block", "masked"))
+        added = [re.findall(r":f64\[(?:18|2,9),32\] = add_any\b", str(jaxpr)) for jaxpr in (ours, plain)]
+        assert not added[0] and len(added[1]) > n_shared, "gradients are added outside of the sums of rows"
+        got, want = (jax.jit(gradient(kind))(params, stream, x) for kind in ("block", "masked"))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), got, want)
 
 
 def test_all_tokens_to_one_expert_and_all_experts_equal_dense_computations(rng):
