@@ -31,8 +31,8 @@ class Block(nn.Module):
         (x_BTD, normed), routing = add_rms_norm(x_BTD, attended, ffn_norm, cfg.norm_eps), None
         tape.probe("block", "attention", x_BTD)
         if cfg.moe is None:
-            out = dense_ffn(self, normed, cfg.d_ff, "ffn/", tape)
+            x_BTD = x_BTD + dense_ffn(self, normed, cfg.d_ff, "ffn/", tape)
         else:
-            out, routing = MoEFFN(cfg, self.run, name="moe")(normed, bias_E, valid_BT, tape)
-        x_BTD = constrain(x_BTD + out, RESIDUAL)
+            x_BTD, routing = MoEFFN(cfg, self.run, name="moe")(x_BTD, normed, bias_E, valid_BT, tape)
+        x_BTD = constrain(x_BTD, RESIDUAL)
         return tape.probe("block", "out", x_BTD), routing, cache

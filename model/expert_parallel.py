@@ -3,7 +3,9 @@
 `dispatch` sorts the M*K (token, expert) pairs by expert and starts each group at a multiple of `align` rows (128 under FP8, so that no
 128x1 scale tile crosses a group; 64 on the GPU; the block size of the block form on the CPU); `combine` weights the rows and adds
 them back to their tokens. Both directions are gathers (`pallas_kernels/rows`): forwards rows[i] = x[token of i], backwards dx[t] = sum
-of the K rows of t. No token is ever dropped. Shapes: M tokens, K chosen, E experts, P padded rows, D width.
+of the K rows of t. What else is added at a token, the shared expert's output and the residual stream forwards, the gradients of the gate
+and the shared expert backwards, joins these sums in the kernel. No token is ever dropped. Shapes: M tokens, K chosen, E experts, P padded
+rows, D width.
 """
 from __future__ import annotations
 
@@ -30,18 +32,40 @@ class Route(NamedTuple):
     source: Any
 
 
-def apply(run_experts, x_MD, weights_MK, experts_MK, w_up, w_down, cfg, run, tape):
-    """The routed part of an MoE layer: dispatch, run_experts(rows, quantized, group_sizes, align, w_up, w_down, tape), combine -> [M, D].
+def apply(run_experts, readers, addends, x_MD, experts_MK, w_up, w_down, cfg, run, tape):
+    """An MoE layer once its experts are chosen: (addends + readers' outputs + weighted sum of the experts' [M, D], what is kept).
+
+    The experts are run_experts(rows, quantized, group_sizes, align, w_up, w_down, tape). The readers are functions of x_MD too: the
+    first gives (weights [M, K], anything to be kept), a second one [M, D]. They run after dispatch: so it gets their gradients.
 
     Under a mesh each data shard dispatches its own tokens. With experts over several shards ('one_hop'), a shard sees the tokens of
     its expert group by one all-gather and returns weighted sums by one reduce-scatter: static shapes make a dropless exchange cost
-    its worst case, every token to every shard, and these two collectives move just that, in one hop.
+    its worst case, every token to every shard, and these two collectives move just that, in one hop. XLA adds the rest then.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    alone = mesh.empty or mesh.size == 1
+    exchange = () if alone else tuple(axis for axis in EXPERT_AXES if mesh.shape[axis] > 1)
+    if alone or mesh.manual_axes and not exchange:
+        return _alone(run_experts, readers, addends, x_MD, experts_MK, w_up, w_down, cfg, run, tape)
+    (weights, kept), *more = (read(x_MD) for read in readers)
+    routed = _over_mesh(mesh, exchange, run_experts, x_MD, weights, experts_MK, w_up, w_down, cfg, run, tape)
+    return sum((*more, *addends), routed), kept
+
+
+def _alone(run_experts, readers, addends, x_MD, experts_MK, w_up, w_down, cfg, run, tape):
+    """`apply` where no token meets another device."""
+    with jax.named_scope("moe/dispatch"):
+        rows, route, others = _send(x_MD, _quantize(x_MD, w_up, run), experts_MK, cfg.moe.n_routed_experts, run, len(readers))
+    (weights, kept), *more = (read(x) for read, x in zip(readers, others, strict=True))
+    with jax.named_scope("moe/experts"):
+        rows = run_experts(*rows, w_up, w_down, tape)
+    with jax.named_scope("moe/combine"):
+        return combine(rows, weights, route, (*more, *addends)), kept
+
+
+def _over_mesh(mesh, exchange, run_experts, x_MD, weights_MK, experts_MK, w_up, w_down, cfg, run, tape):
+    """The weighted sum of the experts' outputs [M, D] where devices share tokens or experts."""
     local = functools.partial(_local, run_experts, cfg=cfg, run=run, tape=tape)
-    if mesh.empty or mesh.size == 1:
-        return local(x_MD, weights_MK, experts_MK, w_up, w_down, shards=())
-    exchange = tuple(axis for axis in EXPERT_AXES if mesh.shape[axis] > 1)
     if mesh.manual_axes:  # a pipeline's shard_map: everything here is local already
         return local(x_MD, weights_MK, experts_MK, w_up, w_down, shards=exchange)
     n_data = math.prod(mesh.shape[axis] for axis in sharding.DATA_AXES)
@@ -72,8 +96,7 @@ def _local(run_experts, x_MD, weights_MK, experts_MK, w_up, w_down, *, cfg, run,
     """What one device does: its tokens (and those of the shards it exchanges with) through its own experts."""
     E = cfg.moe.n_routed_experts
     with jax.named_scope("moe/dispatch"):
-        quantized = precision.quantize_tokens(x_MD, w_up, run, "moe/gate_up")
-        quantized = quantized and (jax.lax.bitcast_convert_type(quantized[0], jnp.uint8), quantized[1])
+        quantized = _quantize(x_MD, w_up, run)
         if shards:
             E //= jax.lax.axis_size(shards)
             x_MD, weights_MK, experts_MK = (jax.lax.all_gather(a, shards, tiled=True) for a in (x_MD, weights_MK, experts_MK))
@@ -81,16 +104,27 @@ def _local(run_experts, x_MD, weights_MK, experts_MK, w_up, w_down, *, cfg, run,
             experts_MK = experts_MK - jax.lax.axis_index(shards) * E
             mine = (experts_MK >= 0) & (experts_MK < E)
             experts_MK, weights_MK = jnp.where(mine, experts_MK, E), jnp.where(mine, weights_MK, 0)  # E: of no group here
-        align = row_alignment(experts_MK.size, E, fp8=run.precision.recipe is not None)
-        route, group_sizes = plan(experts_MK, E, align)
-        rows = dispatch(x_MD, route)  # under FP8 nothing reads it: it carries the gradient
-        quantized = quantized and dispatch_quantized(*quantized, route)
+        rows, route, _ = _send(x_MD, quantized, experts_MK, E, run)
     with jax.named_scope("moe/experts"):
-        rows = run_experts(rows, quantized, group_sizes, align, w_up, w_down, tape)
+        rows = run_experts(*rows, w_up, w_down, tape)
     with jax.named_scope("moe/combine"):
         out = combine(rows, weights_MK, route)
         out = jax.lax.psum(out, tensor) if tensor else out
         return jax.lax.psum_scatter(out, shards, tiled=True) if shards else out
+
+
+def _quantize(x_MD, w_up, run):
+    """The tokens in FP8, (bytes u8 [M, D], scales), or None."""
+    quantized = precision.quantize_tokens(x_MD, w_up, run, "moe/gate_up")
+    return quantized and (jax.lax.bitcast_convert_type(quantized[0], jnp.uint8), quantized[1])
+
+
+def _send(x_MD, quantized, experts_MK, n_experts: int, run, n_readers: int = 0):
+    """((rows, rows in FP8 or None, group_sizes, align) as experts take them, Route, n_readers times x_MD)."""
+    align = row_alignment(experts_MK.size, n_experts, fp8=run.precision.recipe is not None)
+    route, group_sizes = plan(experts_MK, n_experts, align)
+    rows, *others = dispatch(x_MD, route, n_readers)  # under FP8 nothing reads the rows: they carry the gradient
+    return (rows, quantized and dispatch_quantized(*quantized, route), group_sizes, align), route, others
 
 
 def row_alignment(n_rows: int, n_experts: int, *, fp8: bool = False) -> int:
@@ -106,10 +140,11 @@ def plan(experts_MK, n_experts: int, align: int) -> tuple[Route, Any]:
     return Route(position.reshape(experts_MK.shape), source), padded
 
 
-@jax.custom_vjp
-def dispatch(x_MD, route: Route):
-    """rows [P, D]: each padded row its token's vector, zero where padding."""
-    return gather(x_MD, _token(route))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def dispatch(x_MD, route: Route, n_readers: int = 0):
+    """(rows [P, D], each padded row its token's vector, zero where padding; then x_MD n_readers times, two at most, for what else reads
+    it: those gradients are added in the pass that adds the rows')."""
+    return gather(x_MD, _token(route)), *(x_MD,) * n_readers
 
 
 def dispatch_quantized(q_MD, scale_MS, route: Route):
@@ -125,26 +160,32 @@ def _token(route: Route):
     return route.source // route.position.shape[1]
 
 
-def _dispatch_backward(route, g_PD):
-    return gather_sum(g_PD, route.position), None
+def _dispatch_backward(n_readers, route, gradients):
+    g_PD, *others = gradients
+    return gather_sum(g_PD, route.position, addends=tuple(others)), None
 
 
-dispatch.defvjp(lambda x, route: (dispatch(x, route), route), _dispatch_backward)
+dispatch.defvjp(lambda x, route, n_readers: (dispatch(x, route, n_readers), route), _dispatch_backward)
 
 
 @jax.custom_vjp
-def combine(rows_PD, weights_MK, route: Route):
-    """out [M, D]: the K rows of each token times their weights, added in the dtype of the weights, returned in that of the rows."""
-    return gather_sum(rows_PD, route.position, weights_MK)
+def combine(rows_PD, weights_MK, route: Route, addends=()):
+    """out [M, D]: the K rows of each token times their weights, and up to two addends [M, D], added in the dtype of the weights, rounded
+    once to that of the rows and addends."""
+    return gather_sum(rows_PD, route.position, weights_MK, addends)
+
+
+def _combine_forward(rows, weights, route, addends):
+    return combine(rows, weights, route, addends), (rows, weights, route, (None,) * len(addends))
 
 
 def _combine_backward(residuals, g_MD):
-    rows, weights, route = residuals
+    rows, weights, route, addends = residuals
     row_weight = jnp.take(weights.reshape(-1), route.source, mode="fill", fill_value=0)
-    return *weighted_backward(g_MD, rows, _token(route), row_weight, route.position), None
+    return *weighted_backward(g_MD, rows, _token(route), row_weight, route.position), None, tuple(g_MD for _ in addends)
 
 
-combine.defvjp(lambda rows, weights, route: (combine(rows, weights, route), (rows, weights, route)), _combine_backward)
+combine.defvjp(_combine_forward, _combine_backward)
 
 
 def rebalance_experts(load, n_replicas: int, n_groups: int, n_nodes: int, n_gpus: int):

@@ -109,13 +109,14 @@ class Routing(NamedTuple):
 
 
 class MoEFFN(nn.Module):
-    """x [B, T, D] -> (shared(x) + sum of the K routed experts, Routing); valid bool [B, T] marks what load and balance count."""
+    """Residual stream and x, its norm, [B, T, D] -> (stream + shared(x) + sum of the K routed experts, Routing); valid bool [B, T] marks
+    what load and balance count."""
 
     cfg: Any
     run: Any
 
     @nn.compact
-    def __call__(self, x_BTD, bias_E, valid_BT, tape):
+    def __call__(self, stream_BTD, x_BTD, bias_E, valid_BT, tape):
         m, run, init = self.cfg.moe, self.run, normal(self.cfg.init_std)
         B, T, D = x_BTD.shape
         w_gate = param(self, "gate", (m.n_routed_experts, D), ("gate", "embed"), init)
@@ -124,29 +125,42 @@ class MoEFFN(nn.Module):
 
         x_MD = x_BTD.reshape(B * T, D)
         with jax.named_scope("moe/gate"):
-            wide = at_least_f32(x_MD.dtype)
-            logits = jax.lax.dot_general(x_MD.astype(wide), w_gate.astype(wide), (((1,), (1,)), ((), ())))
-            tape.probe("moe", "gate", logits.reshape(B, T, -1))
             given = None if tape.tape is None or tape.tape.experts is None else tape.tape.experts.reshape(B * T, -1)
-            weights, experts = gate(logits, bias_E, self.cfg, experts=given)
-            routing = Routing(
-                load=_load(experts, valid_BT.reshape(-1), m.n_routed_experts),
-                balance=balance_loss(scores(logits, m).reshape(B, T, -1), valid_BT, m),
-                experts=experts.reshape(B, T, -1))
+            _, experts = gate(gate_logits(x_MD, w_gate), bias_E, self.cfg, experts=given)
+
+        def weigh(x_MD):
+            """(weights [M, K], Routing) of the experts chosen above; with their gradient, so behind dispatch. XLA makes the logits once."""
+            with jax.named_scope("moe/gate"):
+                logits = gate_logits(x_MD, w_gate)
+                tape.probe("moe", "gate", logits.reshape(B, T, -1))
+                weights, _ = gate(logits, bias_E, self.cfg, experts=experts)
+                return weights, Routing(
+                    load=_load(experts, valid_BT.reshape(-1), m.n_routed_experts),
+                    balance=balance_loss(scores(logits, m).reshape(B, T, -1), valid_BT, m),
+                    experts=experts.reshape(B, T, -1))
+
+        def shared(x_MD):
+            x_BTD = x_MD.reshape(B, T, D)
+            return dense_ffn(self, x_BTD, m.n_shared_experts * m.d_expert, "moe/shared_", tape, prefix="shared_").reshape(B * T, D)
 
         def run_experts(rows, quantized, group_sizes, align, w_up, w_down, tape):
             """What lies between dispatch and combine: rows [M, D] sorted by expert -> rows."""
             gate_up = precision.grouped_linear(rows, group_sizes, w_up, run, "moe/gate_up", tape, align=align, quantized=quantized)
             return precision.grouped_linear(swiglu(gate_up), group_sizes, w_down, run, "moe/down", tape, align=align, gate_up=gate_up)
 
+        readers, stream_MD = (weigh, shared) if m.n_shared_experts else (weigh,), stream_BTD.reshape(B * T, D)
         if _all_experts(run, B * T, m):
-            routed = _masked(x_MD, weights, experts, w_up, w_down, run, tape)
+            (weights, routing), *more = (read(x_MD) for read in readers)
+            out = sum((*more, stream_MD), _masked(x_MD, weights, experts, w_up, w_down, run, tape))
         else:
-            routed = expert_parallel.apply(run_experts, x_MD, weights, experts, w_up, w_down, self.cfg, run, tape)
-        out = routed.reshape(B, T, D)
-        if m.n_shared_experts:
-            out = out + dense_ffn(self, x_BTD, m.n_shared_experts * m.d_expert, "moe/shared_", tape, prefix="shared_")
-        return out, routing
+            out, routing = expert_parallel.apply(run_experts, readers, (stream_MD,), x_MD, experts, w_up, w_down, self.cfg, run, tape)
+        return out.reshape(B, T, D), routing
+
+
+def gate_logits(x_MD, w_gate):
+    """x [M, D] times the gate's [E, D] -> [M, E], both in float32 at least."""
+    wide = at_least_f32(x_MD.dtype)
+    return jax.lax.dot_general(x_MD.astype(wide), w_gate.astype(wide), (((1,), (1,)), ((), ())))
 
 
 def scores(logits_TE, moe: MoE):

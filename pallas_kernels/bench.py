@@ -247,10 +247,11 @@ def moved_rows(m: int, d: int, k: int, e: int):
     source, position = np.full(p, m, np.int32), np.empty(m * k, np.int32)
     source[place], position[order] = order // k, place
     source, position = jnp.asarray(source), jnp.asarray(position.reshape(m, k))
-    x, wide, of_row, of_token = random(m, d), random(p, d), jnp.ones(p), jnp.ones((m, k))
+    x, y, wide, of_row, of_token = random(m, d), random(m, d), random(p, d), jnp.ones(p), jnp.ones((m, k))
     forms = {
         "gather": (gather, (x, source), 2 * d * (m + p) + 4 * p),
         "sum": (gather_sum, (wide, position, of_token), 2 * d * (m + m * k) + 8 * m * k),
+        "sum and 2": (gather_sum, (wide, position, of_token, (x, y)), 2 * d * (3 * m + m * k) + 8 * m * k),
         "backward": (weighted_backward, (x, wide, source, of_row), 2 * d * (m + m * k + p) + 12 * p),
     }
     for name, (run, operands, moved) in forms.items():

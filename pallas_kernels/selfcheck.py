@@ -47,6 +47,7 @@ def _cases() -> Iterator[tuple]:
     position, weights = source.reshape(125, 4), jnp.linspace(-1, 1, 500)
     yield "rows gathered", gather, (x, source), {}
     yield "rows gathered and added", gather_sum, (x, position, weights.reshape(125, 4)), {}
+    yield "rows gathered and added to two", gather_sum, (x, position, weights.reshape(125, 4), (x[:125], x[-125:])), {}
     yield "rows added, backward", weighted_backward, (x[::-1], jnp.tile(x, (2, 1))[:500], source, weights), {}
     yield "norm of a sum", rms_norm, (x, jnp.linspace(-1, 1, 384)), dict(eps=1e-6, delta=x[::-1])
     yield "norm, backward", rms_norm_backward, (x, jnp.linspace(-1, 1, 384), x[::-1], x[:, ::-1]), dict(eps=1e-6)

@@ -29,6 +29,10 @@ def test_the_residual_streams_norms_are_in_our_kernels(listing):
     assert "rms_norm" in listing and not rows
 
 
+def test_what_is_added_around_the_experts_is_added_by_our_kernel(listing):
+    assert "gather_sum" in listing and "moe/add_any" not in listing
+
+
 def test_nothing_is_sorted_and_swiglus_gradient_is_one_pass(listing):
     assert not re.search(r"\bsort\b", listing)
     concatenated = [line for line in listing.splitlines() if "moe/concatenate" in line or "Block/concatenate" in line]

@@ -40,9 +40,23 @@ def test_reference_is_numpy_in_float64(rng, dtype):
     picked = rows_of(rows, position)
     same(gather_sum(rows, position), picked.sum(1))
     same(gather_sum(rows, position, weights), (picked * np.asarray(weights)[..., None]).sum(1))
+    beside = tuple(jnp.asarray(rng.standard_normal((M, D)), dtype) for _ in range(2))
+    for n in (1, 2):
+        added = sum(np.asarray(a, np.float64) for a in beside[:n])
+        same(gather_sum(rows, position, addends=beside[:n]), picked.sum(1) + added)
+        same(gather_sum(rows, position, weights, beside[:n]), (picked * np.asarray(weights)[..., None]).sum(1) + added)
     d_rows, dots = weighted_backward(g, rows, source, of_row)
     same(d_rows, rows_of(g, source) * np.asarray(of_row)[:, None])
     same(dots, (rows_of(g, source) * np.asarray(rows, np.float64)).sum(1), "float32")
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_addends_join_before_the_one_rounding(weighted):
+    """1 + 2^-8 + 2^-8 is a bfloat16 step above 1, and each part of it alone rounds to 1."""
+    one, small = jnp.ones((1, D), jnp.bfloat16), jnp.full((1, D), 2.0**-8, jnp.bfloat16)
+    weights = jnp.ones((1, 1), jnp.float32) if weighted else None
+    total = gather_sum(small, jnp.zeros((1, 1), jnp.int32), weights, (one, small))
+    np.testing.assert_array_equal(total, jnp.full((1, D), 1 + 2.0**-7, jnp.bfloat16))
 
 
 def test_a_token_comes_back_once_for_each_of_its_groups(rng, routed):
@@ -83,14 +97,15 @@ def test_gradients_of_dispatch_and_combine_are_those_of_a_plain_formula(rng, rou
         scale[E] = 0.0
         row_scale = scale[np.append(experts, E)[np.asarray(route.source)]]
 
-        def ours(x, weights):
-            rows = expert_parallel.dispatch(x, route)
-            return jnp.sum(jnp.cos(expert_parallel.combine(jnp.sin(rows) * row_scale, weights, route)))
+        def ours(x, weights, stream):
+            rows, a, b = expert_parallel.dispatch(x, route, 2)
+            return jnp.sum(jnp.cos(expert_parallel.combine(jnp.sin(rows) * row_scale, weights * a[:, :1], route, (b ** 2, stream))))
 
-        def plain(x, weights):
-            return jnp.sum(jnp.cos(jnp.einsum("md,mkd,mk->md", jnp.sin(x), scale[experts], weights)))
+        def plain(x, weights, stream):
+            return jnp.sum(jnp.cos(jnp.einsum("md,mkd,mk->md", jnp.sin(x), scale[experts], weights * x[:, :1]) + x ** 2 + stream))
 
-        got, want = (jax.jit(jax.grad(f, (0, 1)))(x, weights) for f in (ours, plain))
+        stream = rng.standard_normal((M, D))
+        got, want = (jax.jit(jax.grad(f, (0, 1, 2)))(x, weights, stream) for f in (ours, plain))
         for g, w in zip(got, want, strict=True):
             np.testing.assert_allclose(g, w, rtol=1e-12, atol=1e-12)
 
@@ -99,6 +114,8 @@ def test_wrong_operands_raise():
     x, source = jnp.zeros((4, 8)), jnp.zeros(3, jnp.int32)
     for run in (lambda: gather(x, source.astype(jnp.uint32)), lambda: gather(x[0], source),
                 lambda: gather_sum(x, source), lambda: gather_sum(x, source[None], jnp.ones(3)),
+                lambda: gather_sum(x, source[None], addends=(x,)), lambda: gather_sum(x, source[None], addends=(x[:1],) * 3),
+                lambda: gather_sum(x, source[None], addends=(x[:1].astype(jnp.bfloat16),)),
                 lambda: weighted_backward(x, x, source, jnp.ones(3)), lambda: weighted_backward(x, x[:3], source, source)):
         with pytest.raises(ValueError, match="must be"):
             run()

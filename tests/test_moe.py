@@ -1,4 +1,6 @@
 """Gate, node limits, balance, dropless dispatch, EPLB: against the paper's numbers and a float64 numpy oracle."""
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,15 +159,38 @@ def test_every_implementation_of_the_experts_equals_the_oracle(kind, rng):
     with jax.enable_x64(True):
         cfg = tiny()
         params = jax.tree.map(lambda leaf: leaf[0].astype(jnp.float64), init(cfg)["moe"]["moe"])
-        x, bias = jnp.array(rng.normal(size=(2, 9, 32))), jnp.array(rng.normal(size=8) * 0.1)
+        x, stream = (jnp.array(rng.normal(size=(2, 9, 32))) for _ in range(2))
+        bias = jnp.array(rng.normal(size=8) * 0.1)
         layer = moe.MoEFFN(cfg, Execution(experts=kind))
-        run = jax.jit(lambda p, x: layer.apply({"params": p}, x, bias, jnp.ones((2, 9), bool), LayerTape()))
+        run = jax.jit(lambda p, x: layer.apply({"params": p}, stream, x, bias, jnp.ones((2, 9), bool), LayerTape()))
         out, routing = run(params, x)
         p, flat = jax.tree.map(np.asarray, params), np.asarray(x).reshape(18, 32)
         weights, experts = numpy_gate(flat @ p["gate"].T, np.asarray(bias), cfg)
         np.testing.assert_array_equal(np.asarray(routing.experts).reshape(18, -1), experts)
-        np.testing.assert_allclose(np.asarray(out).reshape(18, 32), numpy_moe(flat, p, weights, experts, cfg), atol=1e-12)
+        np.testing.assert_allclose(np.asarray(out - stream).reshape(18, 32), numpy_moe(flat, p, weights, experts, cfg), atol=1e-12)
         np.testing.assert_array_equal(routing.load, np.bincount(experts.reshape(-1), minlength=8))
+
+
+@pytest.mark.parametrize("n_shared", [0, 1])
+def test_gradients_of_tokens_meet_in_dispatch_and_are_those_of_every_expert_on_every_token(n_shared, rng):
+    with jax.enable_x64(True):
+        cfg = gate_config(n_shared_experts=n_shared, balance__kind="aux_loss", balance__aux_loss__alpha=0.1)
+        params = jax.tree.map(lambda leaf: leaf[0].astype(jnp.float64), init(cfg)["moe"]["moe"])
+        stream, x, g = (jnp.array(rng.normal(size=(2, 9, 32))) for _ in range(3))
+
+        def gradient(kind):
+            def loss(params, stream, x):
+                layer = moe.MoEFFN(cfg, Execution(experts=kind))
+                out, routing = layer.apply({"params": params}, stream, x, None, jnp.ones((2, 9), bool), LayerTape())
+                return jnp.sum(out * g) + routing.balance
+
+            return jax.grad(loss, (0, 1, 2))
+
+        ours, plain = (jax.make_jaxpr(gradient(kind))(params, stream, x) for kind in ("block", "masked"))
+        added = [re.findall(r":f64\[(?:18|2,9),32\] = add_any\b", str(jaxpr)) for jaxpr in (ours, plain)]
+        assert not added[0] and len(added[1]) > n_shared, "gradients are added outside of the sums of rows"
+        got, want = (jax.jit(gradient(kind))(params, stream, x) for kind in ("block", "masked"))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), got, want)
 
 
 def test_all_tokens_to_one_expert_and_all_experts_equal_dense_computations(rng):
@@ -175,7 +200,7 @@ def test_all_tokens_to_one_expert_and_all_experts_equal_dense_computations(rng):
         cfg = gate_config(**edits)
         params = jax.tree.map(lambda leaf: leaf[0], init(cfg)["moe"]["moe"])
         layer = moe.MoEFFN(cfg, Execution(experts="block"))
-        out, routing = jax.jit(lambda p, x: layer.apply({"params": p}, x, bias, jnp.ones((1, 40), bool), LayerTape()))(params, x)  # noqa: B023
+        out, routing = jax.jit(lambda p, x: layer.apply({"params": p}, 0 * x, x, bias, jnp.ones((1, 40), bool), LayerTape()))(params, x)  # noqa: B023
         p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
         weights, experts = numpy_gate(np.asarray(x[0], np.float64) @ p["gate"].T, None if bias is None else np.asarray(bias), cfg)
         np.testing.assert_allclose(out[0], numpy_moe(np.asarray(x[0], np.float64), p, weights, experts, cfg), atol=1e-4)
@@ -187,7 +212,7 @@ def test_dispatch_pads_each_group_and_combine_undoes_it(align, rng):
     experts = jnp.array(np.stack([rng.permutation(6)[:3] for _ in range(11)]), jnp.int32).at[:, 0].set(4)
     x = jnp.array(rng.normal(size=(11, 5)), jnp.float32)
     route, sizes = expert_parallel.plan(experts, 6, align)
-    rows = expert_parallel.dispatch(x, route)
+    rows, = expert_parallel.dispatch(x, route)
     assert np.all(np.asarray(sizes) % align == 0)
     starts = np.cumsum(sizes) - sizes
     for e in range(6):
@@ -203,7 +228,7 @@ def test_dispatch_pads_each_group_and_combine_undoes_it(align, rng):
         return jnp.sum(jnp.sin(jnp.einsum("MKD,MK->MD", rows[route.position], w)))
 
     def ours(x, w):
-        return jnp.sum(jnp.sin(expert_parallel.combine(expert_parallel.dispatch(x, route) ** 2, w, route)))
+        return jnp.sum(jnp.sin(expert_parallel.combine(expert_parallel.dispatch(x, route)[0] ** 2, w, route)))
 
     w = jnp.array(rng.random((11, 3)), jnp.float32)
     for got, want in zip(jax.grad(ours, (0, 1))(x, w), jax.grad(plain, (0, 1))(x, w), strict=True):

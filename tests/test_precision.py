@@ -169,7 +169,7 @@ def test_prepared_weights_keep_block_scales_of_the_paper(rng):
 def test_tokens_dispatched_in_fp8_are_the_rows_quantised_after_dispatch(rng):
     x, experts = jnp.array(rng.normal(size=(48, K)), jnp.bfloat16), jnp.array(rng.integers(0, 3, (48, 2)), jnp.int32)
     route, _ = expert_parallel.plan(experts, 4, 128)  # one expert has no row
-    want_q, want_scale = quantize.quantize_tiles(expert_parallel.dispatch(x, route))
+    want_q, want_scale = quantize.quantize_tiles(*expert_parallel.dispatch(x, route))
     q, scale = quantize.quantize_tiles(x)
     got_q, got_scale = expert_parallel.dispatch_quantized(jax.lax.bitcast_convert_type(q, jnp.uint8), scale, route)
     real = np.asarray(route.source) < experts.size

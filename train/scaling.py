@@ -283,7 +283,8 @@ def exchange(config, spec: Scaling, path: pathlib.Path) -> tuple[list[dict], str
 
     @jax.jit
     def whole(x, weights, experts, up, down):
-        return expert_parallel.apply(lambda rows, *_, **__: rows, x, weights, experts, up, down, cfg, run, LayerTape())
+        weigh = lambda _: (weights, None)  # noqa: E731
+        return expert_parallel.apply(lambda rows, *_: rows, (weigh,), (), x, experts, up, down, cfg, run, LayerTape())[0]
 
     for width in e.widths:
         for m in e.rows:

@@ -162,7 +162,7 @@ def time_parts(state, cfg, run, optimizer, spec: Speed) -> dict[str, float]:
     if "moe" in prepared:
         experts = block.MoEFFN(cfg, run)
         add("experts (gate, dispatch, routed, shared, combine)",
-            lambda p, x: experts.apply({"params": p}, x, None, valid, LayerTape())[0], first("moe")["moe"], cfg.n_moe_layers)
+            lambda p, x: experts.apply({"params": p}, x, x, None, valid, LayerTape())[0], first("moe")["moe"], cfg.n_moe_layers)
     tokens = jnp.zeros(x.shape[:2], jnp.int32)
 
     def head_loss(outer, x):

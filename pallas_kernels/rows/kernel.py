@@ -39,6 +39,7 @@ class Job:
     dtype: str
     choices: int = 1  # indices a row of gather_sum
     weights: str = ""  # their dtype, if any
+    addends: int = 0  # of gather_sum
 
     @property
     def row_bytes(self) -> int:
@@ -142,10 +143,12 @@ def _gather(e: RowEmit, x, source, out):
 
 
 def _gather_sum(e: RowEmit, rows, position, *refs):
-    *weights, out = refs
+    *operands, out = refs
+    weights, addends = (operands[:1], operands[1:]) if e.job.weights else ([], operands)
     choices, exists, totals = e.job.choices, e.exists(e.first), None
     live, element = arith.andi(exists, e.less(e.lane, choices)), e.element(e.first, choices, e.lane)
     own_row, own_weight = e.own(position, element, live), e.own(weights[0], element, live) if weights else None
+    beside = [e.load16(addend, e.first, exists) for addend in addends]  # under way while the indices come
     for some in (range(k, min(k + FLIGHT, choices)) for k in range(0, choices, FLIGHT)):
         named = [e.of_lane(own_row, k) for k in some]
         words = [e.load16(rows, row, arith.andi(exists, e.names_a_row(row))) for row in named]
@@ -156,6 +159,8 @@ def _gather_sum(e: RowEmit, rows, position, *refs):
                 totals = [arith.mulf(v, weight) if weights else v for v in values]
             else:
                 totals = [math.fma(v, weight, t) if weights else arith.addf(t, v) for v, t in zip(values, totals, strict=True)]
+    for addend_words in beside:
+        totals = [arith.addf(t, v) for t, v in zip(totals, e.floats(addend_words, e.job.dtype), strict=True)]
     e.store16(out, e.first, e.words(totals, e.job.dtype), exists)
 
 
@@ -177,7 +182,7 @@ BODIES = {"gather": _gather, "gather_sum": _gather_sum, "weighted_backward": _we
 
 @functools.partial(jax.jit, static_argnums=0)  # traced and compiled once a shape, however often a model calls it
 def move(job: Job, *operands: jax.Array):
-    """gather: x, source -> rows. gather_sum: rows, position(, weights) -> x. weighted_backward: g, rows, source, weights ->
+    """gather: x, source -> rows. gather_sum: rows, position(, weights)(, addends) -> x. weighted_backward: g, rows, source, weights ->
     (d_rows, dots f32 [segments, P], to be added)."""
     out = [jax.ShapeDtypeStruct((job.written, job.D), jnp.dtype(job.dtype))]
     if job.op == "weighted_backward":

@@ -3,7 +3,7 @@
 | function | what | for |
 |---|---|---|
 | `gather` | row i is x[source[i]] | dispatch, of values or of FP8 bytes |
-| `gather_sum` | token m is the (weighted) sum of rows[position[m, k]] over k | combine; the gradient of dispatch |
+| `gather_sum` | token m is the (weighted) sum of rows[position[m, k]] over k, and of up to 2 addends | combine; the gradient of dispatch |
 | `weighted_backward` | g[source] * weights and <g[source], rows> in one read | the gradient of combine |
 
 An index out of range names a row of zeros: rows of padding, choices whose expert is elsewhere. What no index names is
@@ -50,9 +50,11 @@ def gather(x: jax.Array, source: jax.Array, *, implementation: str = "auto") -> 
 
 
 def gather_sum(
-    rows: jax.Array, position: jax.Array, weights: jax.Array | None = None, *, implementation: str = "auto"
+    rows: jax.Array, position: jax.Array, weights: jax.Array | None = None, addends: tuple[jax.Array, ...] = (),
+    *, implementation: str = "auto",
 ) -> jax.Array:
-    """rows [P, D] of floats, position i32 [M, K], weights [M, K] or None -> [M, D]: sum over k of weights * rows[position].
+    """rows [P, D] of floats, position i32 [M, K], weights [M, K] or None, addends [M, D] in the dtype of rows, two at most -> [M, D]:
+    sum over k of weights * rows[position], and the addends.
 
     A position not in 0..P-1 is a row of zeros. Added in float32 (in the weights' dtype if that is another), returned in the
     dtype of rows. Raises ValueError on other shapes and dtypes.
@@ -60,11 +62,13 @@ def gather_sum(
     _check(rows, position, 2, "position")
     if weights is not None:
         _check_weights(weights, position)
-    M, K = position.shape
-    job = kernel.Job("gather_sum", M, *rows.shape, rows.dtype.name, K, "" if weights is None else weights.dtype.name)
+    (M, K), D = position.shape, rows.shape[1]
+    if len(addends) > 2 or any((addend.shape, addend.dtype) != ((M, D), rows.dtype) for addend in addends):
+        raise ValueError(f"addends {[f'{a.dtype}{a.shape}' for a in addends]}: must be at most two of {rows.dtype}{(M, D)}")
+    job = kernel.Job("gather_sum", M, *rows.shape, rows.dtype.name, K, "" if weights is None else weights.dtype.name, len(addends))
     if not _takes_kernel(job, implementation):
-        return reference.gather_sum(rows, position, weights)
-    return kernel.move(job, rows, position, *(() if weights is None else (weights,)))[0]
+        return reference.gather_sum(rows, position, weights, addends)
+    return kernel.move(job, rows, position, *(() if weights is None else (weights,)), *addends)[0]
 
 
 def weighted_backward(

@@ -19,13 +19,16 @@ def at(rows: jax.Array, position: jax.Array) -> jax.Array:
     return jnp.take(rows, jnp.where(position < 0, outside, position), axis=0, mode="fill", fill_value=0)
 
 
-def gather_sum(rows: jax.Array, position: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """rows [P, D], position i32 [M, K], weights [M, K] or None -> [M, D] in the dtype of rows, added in that of the weights."""
+def gather_sum(rows: jax.Array, position: jax.Array, weights: jax.Array | None, addends: tuple[jax.Array, ...]) -> jax.Array:
+    """rows [P, D], position i32 [M, K], weights [M, K] or None, addends [M, D] -> [M, D] in the dtype of rows, added in that of the
+    weights, without them in at least float32."""
     picked = at(rows, position)
     if weights is not None:
         # a sum, not an einsum: XLA fuses it with the gather instead of calling a batched matmul of 1 x K products
         picked = picked.astype(weights.dtype) * weights[..., None]
-    return jnp.sum(picked, axis=1).astype(rows.dtype)
+    wide = picked.dtype if picked.dtype.itemsize >= 4 else jnp.float32
+    total = jnp.sum(picked, axis=1, dtype=wide)
+    return sum((addend.astype(wide) for addend in addends), total).astype(rows.dtype)
 
 
 def weighted_backward(
