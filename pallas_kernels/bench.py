@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quantize
+from pallas_kernels.cross_entropy import log_probability_backward, log_sum_exp
 from pallas_kernels.norm import rms_norm, rms_norm_backward
 from pallas_kernels.rows import gather, gather_sum, weighted_backward
 from pallas_kernels.target import is_hopper
@@ -272,8 +273,19 @@ def norms(m: int, d: int):
         yield Case(name, f"{m} x {d}", run, operands, 0, moved, "bf16", baseline=(xla, operands))
 
 
+def cross_entropies(m: int, v: int):
+    """Logits of m tokens over a vocabulary of v; XLA's side is the reference. Bytes: the logits once, and their gradient."""
+    logits = 4 * random(m, v)
+    log_z, targets, g = log_sum_exp(logits, implementation="reference"), jnp.arange(m, dtype=jnp.int32) * 7919 % v, jnp.ones(m) / m
+    for name, run, operands, moved in (("log Z", log_sum_exp, (logits,), 2 * m * v),
+                                       ("log p, backward", log_probability_backward, (logits, targets, log_z, g), 4 * m * v)):
+        xla = functools.partial(run, implementation="reference")
+        yield Case(name, f"{m} x {v}", run, operands, 0, moved, "bf16", baseline=(xla, operands))
+
+
 OPS = {"dense": dense, "dense_gradient": dense_gradient, "grouped": grouped, "masked": masked,
-       "grouped_gradient": grouped_gradient, "quantisation": quantisation, "rows": moved_rows, "norm": norms}
+       "grouped_gradient": grouped_gradient, "quantisation": quantisation, "rows": moved_rows, "norm": norms,
+       "cross_entropy": cross_entropies}
 
 
 def _deep_gemm(directory: str):
