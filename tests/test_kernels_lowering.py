@@ -89,7 +89,7 @@ KERNELS = {
     **{f"cross entropy, {name}": (functools.partial(op, implementation="kernel"), (S((*rows, v), dtype), *(S(rows, t) for t in of_rows)))
        for op, of_rows, way in ((log_sum_exp, (), "log Z"), (log_probability_backward, (I32, F32, F32), "backward"))
        for name, rows, v, dtype in ((way, (8, 2048), 32768, BF16), (f"{way}, ragged", (4096,), 129280, BF16),
-                                    (f"{way}, narrow", (7,), 8, BF16), (f"{way}, float32", (300,), 1000, F32))},
+                                    (f"{way}, narrow", (7,), 8, BF16), (f"{way}, float32", (4096,), 8192, F32))},
 }
 
 
