@@ -246,18 +246,22 @@ def _walk(e: LogitEmit, logits, *others):
 
 
 @functools.partial(jax.jit, static_argnums=0)  # traced and compiled once a shape, however often a model calls it
-def run(job: Job, *operands: jax.Array):
-    """Forward: logits [M, V] -> log Z f32 [M]. Backward: logits, targets i32 [M], log Z f32 [M], g f32 [M] -> d_logits [M, V]."""
+def run(job: Job, logits: jax.Array, *of_rows: jax.Array):
+    """Forward: logits [M, V] -> log Z f32 [M]. Backward: logits, targets i32 [M], log Z f32 [M], g f32 [M] -> d_logits [M, V], where the
+    logits were unless they are still needed: a lane reads its bytes before it writes them."""
+    in_place = job.backward and hopper.in_place(logits)
     out = jax.ShapeDtypeStruct((job.M, job.V), jnp.dtype(job.dtype)) if job.backward else jax.ShapeDtypeStruct((job.M,), jnp.float32)
 
     def inner(ctx, block, *refs):
         *rows, ring = refs
-        _walk(LogitEmit(job, block.registers.item(), ring), *rows)
+        logits = rows.pop() if in_place else rows.pop(0)
+        _walk(LogitEmit(job, block.registers.item(), ring), logits, *rows, *((logits,) if in_place else ()))
 
     def body(*refs):
         plgpu.inline_mgpu(arg_types=(SCALAR,) + (REF,) * len(refs))(inner)(lax.axis_index("grid"), *refs)
 
+    how = dict(name="log_probability_backward" if job.backward else "log_sum_exp", cluster=1, warpgroups=WARPS // 4, grid=job.grid)
     scratch = (plgpu.SMEM((STAGES * job.pieces * THREADS * 4,), jnp.int32),)
-    (out,) = hopper.launch(body, operands, (out,), scratch, name="log_probability_backward" if job.backward else "log_sum_exp", cluster=1,
-                           warpgroups=WARPS // 4, grid=job.grid)
-    return out
+    if in_place:
+        return hopper.launch(body, of_rows, None, scratch, accumulate=logits, **how)
+    return hopper.launch(body, (logits, *of_rows), (out,), scratch, **how)[0]
