@@ -156,9 +156,15 @@ def constrain(x, axes: tuple[str | None, ...], place: Callable = sharding):
 
 
 def row_shards() -> int:
-    """Over how many data shards `by_rows` splits: 1 without a mesh, and inside a shard_map, where rows are one shard's own already."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty or mesh.manual_axes else math.prod(mesh.shape[axis] for axis in DATA_AXES)
+    """Over how many data shards `by_rows` splits."""
+    return shards("rows")
+
+
+def shards(axis: str) -> int:
+    """Over how many shards a logical axis is split: 1 without a mesh, and inside a shard_map, where all is one shard's own already."""
+    mesh, parts = jax.sharding.get_abstract_mesh(), RULES[axis]
+    names = () if parts is None else (parts,) if isinstance(parts, str) else parts
+    return 1 if mesh.empty or mesh.manual_axes else math.prod(mesh.shape[name] for name in names)
 
 
 def by_rows(function, *arrays, whole=(), tile: int = 1, summed: bool = False):

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quantize
+from pallas_kernels.cross_entropy import log_probability_backward, log_sum_exp
 from pallas_kernels.norm import rms_norm, rms_norm_backward
 from pallas_kernels.rows import gather, gather_sum, weighted_backward
 from pallas_kernels.target import is_hopper
@@ -273,8 +274,23 @@ def norms(m: int, d: int):
         yield Case(name, f"{m} x {d}", run, operands, 0, moved, "bf16", baseline=(xla, operands))
 
 
+def cross_entropies(m: int, v: int):
+    """Logits of m tokens over a vocabulary of v; XLA's side is the reference. Bytes: the logits once, and their gradient."""
+    logits = 4 * random(m, v)
+    log_z, targets, g = log_sum_exp(logits, implementation="reference"), jnp.arange(m, dtype=jnp.int32) * 7919 % v, jnp.ones(m) / m
+
+    def backward(targets, log_z, g, logits, **how):
+        return log_probability_backward(logits, targets, log_z, g, **how)
+
+    for name, run, operands in (("log Z", log_sum_exp, ()), ("log p, backward", backward, (targets, log_z, g))):
+        own = logits + 0 if operands else logits  # the gradient takes their place
+        xla, moved = functools.partial(run, implementation="reference"), 2 * m * v * (2 if operands else 1)
+        yield Case(name, f"{m} x {v}", run, (*operands, own), 0, moved, "bf16", bool(operands), (xla, (*operands, logits)))
+
+
 OPS = {"dense": dense, "dense_gradient": dense_gradient, "grouped": grouped, "masked": masked,
-       "grouped_gradient": grouped_gradient, "quantisation": quantisation, "rows": moved_rows, "norm": norms}
+       "grouped_gradient": grouped_gradient, "quantisation": quantisation, "rows": moved_rows, "norm": norms,
+       "cross_entropy": cross_entropies}
 
 
 def _deep_gemm(directory: str):

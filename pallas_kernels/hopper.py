@@ -45,7 +45,8 @@ def in_place(accumulate) -> bool:
 
 
 def launch(body, operands, out_shape, scratch, *, name, grid, cluster, warpgroups, accumulate=None, interpret=False):
-    """Runs body(*operands, *outputs, *scratch) on `grid` clusters; the result is added to `accumulate` in place if given.
+    """Runs body(*operands, *outputs, *scratch) on `grid` clusters; the result is added to `accumulate` in place if given,
+    or put there: the body has it after the operands, for reading and writing.
     """
     mesh = dict(grid=(grid,), grid_names=("grid",), num_threads=warpgroups, thread_name="wg", kernel_name=name,
                 **(dict(cluster=(cluster,), cluster_names=("cluster",)) if cluster > 1 else {}))

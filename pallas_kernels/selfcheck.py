@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quantize
+from pallas_kernels.cross_entropy import log_probability_backward, log_sum_exp
 from pallas_kernels.norm import rms_norm, rms_norm_backward
 from pallas_kernels.rows import gather, gather_sum, weighted_backward
 from pallas_kernels.target import is_hopper
@@ -51,6 +52,9 @@ def _cases() -> Iterator[tuple]:
     yield "rows added, backward", weighted_backward, (x[::-1], jnp.tile(x, (2, 1))[:500], source, weights), {}
     yield "norm of a sum", rms_norm, (x, jnp.linspace(-1, 1, 384)), dict(eps=1e-6, delta=x[::-1])
     yield "norm, backward", rms_norm_backward, (x, jnp.linspace(-1, 1, 384), x[::-1], x[:, ::-1]), dict(eps=1e-6)
+    log_z, targets = log_sum_exp(x, implementation="reference"), source[:400] % 384
+    yield "log Z", log_sum_exp, (x,), {}
+    yield "log probability, backward", log_probability_backward, (x, targets, log_z, weights[:400]), {}
     yield "bf16 grouped weight gradient", grouped_matmul.weight_gradient, (h[:384], x[:384], whole), dict(accumulate=total)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quantize
+from pallas_kernels.cross_entropy import log_probability_backward, log_sum_exp
 from pallas_kernels.norm import rms_norm, rms_norm_backward
 from pallas_kernels.quantize import reference
 from pallas_kernels.rows import gather, gather_sum, weighted_backward
@@ -285,3 +286,50 @@ def test_nan_stays_in_its_row_of_a_norm():
     outs = rms_norm(x, scale, 1e-6, implementation="kernel")[1], rms_norm_backward(x, scale, g, g, 1e-6, implementation="kernel")[0]
     for out in outs:
         assert jnp.flatnonzero(~jnp.isfinite(out).all(1)).tolist() == [7] and bool(jnp.isnan(out[7]).all())
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def log_z_and_gradient(logits, targets, g, implementation):
+    log_z = log_sum_exp(logits, implementation=implementation)
+    return log_z, log_probability_backward(logits, targets, log_z, g, implementation=implementation)
+
+
+@pytest.mark.parametrize("m", [1, 7, 4096])
+@pytest.mark.parametrize("v", [8, 8000, 32768, 129280])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_cross_entropy_and_its_gradient_are_those_of_float64_and_the_same_bits_twice(m, v, dtype):
+    logits, g = (4 * random(1, m, v)).astype(dtype), random(2, m).at[m // 2 or m].set(0)  # no zero where it were the only one
+    targets = jax.random.randint(jax.random.key(3), (m,), 0, v, jnp.int32).at[0].set(0).at[m - 1].set(v - 1)
+    log_z, got = log_z_and_gradient(logits, targets, g, "kernel")
+    for x, again in zip((log_z, got), log_z_and_gradient(logits, targets, g, "kernel"), strict=True):
+        assert bool(jnp.array_equal(x, again)), "not the same bits twice"
+    assert log_z.dtype == jnp.float32 and got.dtype == dtype and got.shape == logits.shape and (m == 1 or not bool(got[m // 2].any()))
+    some = jnp.unique(jnp.concatenate([jnp.arange(m - 1, -1, -max(1, m // 64)), jnp.array([0, m // 2])]))  # float64 of all is too much
+    logits, targets, g, log_z, got = (x[some] for x in (logits, targets, g, log_z, got))
+    rounding = {"bfloat16": 2**-8, "float16": 2**-10, "float32": 4e-6}[dtype]
+    with jax.enable_x64(True):
+        exact = logits.astype(jnp.float64)
+        want, p = jax.nn.logsumexp(exact, axis=-1), jax.nn.softmax(exact, axis=-1)
+        np.testing.assert_allclose(log_z, want, rtol=1e-6, atol=1e-6)
+        is_target = jnp.arange(v, dtype=jnp.int32)[None] == targets[:, None]
+        want = g.astype(jnp.float64)[:, None] * (is_target.astype(jnp.float64) - p)
+        error = jnp.abs(got.astype(jnp.float64) - want) - rounding * jnp.abs(want)
+        assert float(error.max()) < 1e-6
+    want = log_z_and_gradient(logits, targets, g, "reference")
+    assert float(jnp.linalg.norm((got - want[1]).astype(jnp.float32)) / jnp.linalg.norm(want[1].astype(jnp.float32))) < 3e-3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("v", [8, 1032, 32768])
+def test_infinite_huge_and_missing_logits_of_a_cross_entropy_are_as_the_reference_has_them(v, dtype):
+    huge = float(jnp.finfo(dtype).max)
+    edges = (-jnp.inf, jnp.inf, jnp.nan, huge, -huge)
+    rows = [random(i, v).at[at].set(x) for i, x in enumerate(edges) for at in (0, v - 1)] + [jnp.full(v, x) for x in edges]
+    rows += [jnp.where(jnp.arange(v) == v - 1, x, -jnp.inf) for x in (3.0, jnp.inf, jnp.nan, -huge)]
+    logits = jnp.stack(rows).astype(dtype)
+    m = len(rows)
+    for targets in (jnp.zeros(m, jnp.int32), jnp.full(m, v - 1, jnp.int32), jnp.full(m, v, jnp.int32), jnp.full(m, -1, jnp.int32)):
+        for g in (jnp.ones(m), jnp.zeros(m)):
+            for got, want in zip(*(log_z_and_gradient(logits, targets, g, i) for i in ("kernel", "reference")), strict=True):
+                got, want = (np.asarray(x, np.float32) for x in (got, want))
+                np.testing.assert_allclose(got, want, rtol=2**-7 if got.ndim > 1 else 1e-6, atol=1e-6)

@@ -8,6 +8,7 @@ import pytest
 from jax import ShapeDtypeStruct as S
 
 from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quantize, target
+from pallas_kernels.cross_entropy import log_probability_backward, log_sum_exp
 from pallas_kernels.fp8_matmul import tuned
 from pallas_kernels.grouped_matmul import tiles
 from pallas_kernels.norm import rms_norm, rms_norm_backward
@@ -91,6 +92,10 @@ KERNELS = {
                        (S((16384, 1024), BF16), S((1024,), F32), *[S((16384, 1024), BF16)] * 2)),
     "norm, wide backward": (lambda x, s, g, d: rms_norm_backward(x, s, g, d, 1e-6, implementation="kernel"),
                             (S((4096, 7168), BF16), S((7168,), F32), *[S((4096, 7168), BF16)] * 2)),
+    **{f"cross entropy, {name}": (functools.partial(op, implementation="kernel"), (S((*rows, v), dtype), *(S(rows, t) for t in of_rows)))
+       for op, of_rows, way in ((log_sum_exp, (), "log Z"), (log_probability_backward, (I32, F32, F32), "backward"))
+       for name, rows, v, dtype in ((way, (8, 2048), 32768, BF16), (f"{way}, ragged", (4096,), 129280, BF16),
+                                    (f"{way}, narrow", (7,), 8, BF16), (f"{way}, float32", (4096,), 8192, F32))},
 }
 
 
@@ -99,7 +104,8 @@ def test_kernel_lowers_for_cuda(hopper, name):
     run, shapes = KERNELS[name]
     text = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu") >= 1
-    assert ("output_operand_alias<" in text) == (name in ("dense gradient", "fp8 grouped gradient in place", "bf16 grouped gradient"))
+    in_place = name in ("dense gradient", "fp8 grouped gradient in place", "bf16 grouped gradient")
+    assert ("output_operand_alias<" in text) == (in_place or name.startswith("cross entropy, backward"))
 
 
 @pytest.mark.parametrize("b_tile", [(128, 128), (1, 128)])
@@ -184,6 +190,8 @@ def test_kernels_lower_inside_shard_map_and_vmap(hopper):
     def layer(x, w, w_scale, sizes, dy, total):
         y = fp8_matmul.matmul(*quantize.quantize_tiles(x), w, w_scale)
         y = gather(y, weighted_backward(y, y, jnp.arange(y.shape[0]), sizes.astype(F32).repeat(y.shape[0]))[1].astype(I32))
+        log_z = log_sum_exp(y)
+        y = log_probability_backward(y, y[:, 0].astype(I32), log_z, log_z)
         return y, grouped_matmul.weight_gradient(dy, x, sizes, accumulate=total[0])[None]
 
     run = jax.shard_map(layer, mesh=mesh, in_specs=(spec, whole, whole, whole, spec, spec), out_specs=(spec, spec))
@@ -193,5 +201,7 @@ def test_kernels_lower_inside_shard_map_and_vmap(hopper):
     assert "mosaic_gpu" in rows_of_many.lower(lowering_platforms=("cuda",)).as_text()
     norms_of_many = jax.jit(jax.vmap(lambda x, s: rms_norm(x, s, 1e-6))).trace(S((3, 256, 256), BF16), S((3, 256), F32))
     assert "mosaic_gpu" in norms_of_many.lower(lowering_platforms=("cuda",)).as_text()
+    log_z_of_many = jax.jit(jax.vmap(log_sum_exp)).trace(S((3, 256, 256), BF16))
+    assert "mosaic_gpu" in log_z_of_many.lower(lowering_platforms=("cuda",)).as_text()
     sums_of_many = jax.jit(jax.vmap(gather_sum)).trace(S((3, 256, 256), BF16), S((3, 64, 4), I32), S((3, 64, 4), F32))
     assert "mosaic_gpu" in sums_of_many.lower(lowering_platforms=("cuda",)).as_text()

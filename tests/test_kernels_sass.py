@@ -74,6 +74,29 @@ def test_a_norm_copies_by_16_bytes_ahead_of_its_use_and_loads_nothing_else(compi
     assert between.count("LDGSTS") == a_turn - 1 and "DEPBAR" not in between and "FFMA" not in between
 
 
+@pytest.mark.parametrize("name", [n for n in KERNELS if n.startswith("cross entropy")])
+def test_a_cross_entropy_copies_a_turn_ahead_of_its_use_and_spends_eight_instructions_a_logit(compiled, name):
+    (kernel,) = compiled(name)
+    assert kernel.registers <= 64 and kernel.spilled == 0 and not kernel.warnings
+    assert not re.search(r"\bLDL\b|STL", kernel.sass) and len(re.findall(r"LDG\.", kernel.sass)) == (3 if "backward" in name else 0)
+    if "narrow" in name:  # its loops are unrolled
+        return
+    copies = re.findall(r"LDGSTS\S*", kernel.sass)
+    assert len(copies) == 4 * (6 + 1) and all("128" in copy for copy in copies)  # before the loop and in it
+    lines = re.findall(r"/\*[0-9a-f]{4}\*/ +(.*)|^(\.L_x_\d+):", kernel.sass, re.MULTILINE)
+    end = next(i for i, (code, _) in enumerate(lines) if i > _of(lines, "LDGSTS") and re.search(r"BRA `\(\.L_x", code))
+    start = next(i for i, (_, label) in enumerate(lines) if label and f"({label})" in lines[end][0])
+    loop = [code for code, _ in lines[start:end + 1] if code]
+    logits = 16 if "float32" in name else 32
+    assert sum("MUFU.EX2" in code for code in loop) == logits + 1  # and a rescaled sum, or the target's
+    assert len(loop) <= logits * 8.5 + 16
+
+
+def _of(lines, instruction: str) -> int:
+    """The last line of an instruction."""
+    return max(i for i, (code, _) in enumerate(lines) if instruction in code)
+
+
 @pytest.mark.parametrize("name", [n for n in KERNELS if "gradient" in n and "bf16" not in n])
 def test_a_stage_of_scales_is_released_only_once_they_were_used(compiled, name):
     """Between the last load of a stage and the arrival that gives it back stands a product (that overwrites what the scales were used

@@ -17,7 +17,7 @@ import numpy as np
 
 from model import transformer
 from train import cluster
-from train.step import token_logp
+from train.cross_entropy import token_logp
 
 
 def make_logp(cfg, run) -> Callable:

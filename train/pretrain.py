@@ -19,8 +19,8 @@ from data import tokenizer as tokenizers
 from model import sharding
 from model.errors import freeze, leaf, named_input, require
 from train import cluster, evaluate, loop, report, sampler, schedules
+from train.cross_entropy import token_logp
 from train.metrics import prepare_workdir, table
-from train.step import token_logp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,7 @@ def loss_of(mtp_depth: int) -> Callable:
 def mtp_loss(logits, tokens, weight, segment_ids, k: int):
     """-sum w_t log p^k(t_t): depth k's position i predicts token i+2+k, if that lies in the same segment as token i."""
     skip = 1 + k
-    logp = token_logp(logits[:, :-skip], jnp.concatenate([tokens[:, :1], tokens[:, 1 + skip:]], axis=1))[:, 1:]
+    logp = token_logp(logits, jnp.roll(tokens, -skip, axis=1))[:, 1:-skip]  # rows cut after, not before: no copies of the logits
     weight = weight[:, 1 + skip:]
     if segment_ids is not None:
         weight = jnp.where(segment_ids[:, 1 + skip:] == segment_ids[:, :-1 - skip], weight, 0)

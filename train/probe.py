@@ -31,11 +31,11 @@ from model.tape import LayerTape, Record, Tape
 from pallas_kernels import quantize
 from train import checkpoint, probe_page
 from train import state as states
+from train.cross_entropy import token_logp
 from train.loop import InitFrom, key_of
 from train.metrics import plain, prepare_workdir, write_atomically
 from train.optimizer import path_name
 from train.probe_statistics import by_layer, relative
-from train.step import token_logp
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,8 +25,8 @@ from data.tasks import miniature
 from model import transformer
 from model.errors import choice, freeze, leaf, named_input, require
 from train import checkpoint, evaluate_tasks, loop, report, rewards, rl, schedules
+from train.cross_entropy import token_logp
 from train.metrics import Progress, prepare_workdir
-from train.step import token_logp
 
 ZERO_BY_CONSTRUCTION = ("the loss is near 0 by construction: at a step's first update every ratio is 1 and the advantages of a group add "
                         "up to 0; its gradient is not, so watch reward and length")

@@ -25,9 +25,10 @@ from model.tape import LayerTape
 from train import optimizer as optimizers
 from train import profile, sampler
 from train import state as states
+from train.cross_entropy import token_logp
 from train.metrics import prepare_workdir, table
 from train.pretrain import loss_of
-from train.step import compile_step, make_train_step, token_logp
+from train.step import compile_step, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 
 from model import delayed_scaling, precision, sharding, transformer
 from model.config import Execution, ModelConfig
-from model.dtypes import at_least_f32
 from model.moe import max_violation, update_bias
 from train.optimizer import Optimizer
 from train.state import TrainState
@@ -114,38 +113,6 @@ def count_totals(columns, n_filled=None) -> dict:
     as_float = lambda x: x.astype(jnp.float32)  # noqa: E731
     return dict(tokens=as_float(jnp.sum(counted)), answers=as_float(answers), weight=jnp.sum(weight),
                 rows=jnp.maximum(as_float(jnp.sum(rows)), 1))
-
-
-def token_logp(logits, tokens):
-    """log p of tokens [B, T] from logits [B, T, V], in float32 at least: entry t belongs to the prediction OF tokens[:, t]; 0 at t = 0."""
-    logp = _log_probability(logits, jnp.roll(tokens, -1, axis=1))  # the last row's is cut: as long rows as the logits', no padded copies
-    return jnp.pad(logp[:, :-1], ((0, 0), (1, 0)))
-
-
-@jax.custom_vjp
-def _log_probability(logits, targets):
-    """log softmax(logits [B, T, V]) at targets i32 [B, T] -> [B, T]. Its gradient is written in one pass over the logits, where that of
-    log_softmax and a gather makes three arrays of their size in float32."""
-    return _forward_log_probability(logits, targets)[0]
-
-
-def _forward_log_probability(logits, targets):
-    wide = logits.astype(at_least_f32(logits.dtype))
-    log_z = jax.nn.logsumexp(wide, axis=-1)
-    return jnp.take_along_axis(wide, targets[..., None], axis=-1)[..., 0] - log_z, (logits, targets, log_z)
-
-
-def _backward_log_probability(residuals, g):
-    logits, targets, log_z = residuals
-    p = jnp.exp(logits.astype(log_z.dtype) - log_z[..., None])
-    return (g[..., None] * (_is_target(logits, targets).astype(p.dtype) - p)).astype(logits.dtype), None
-
-
-def _is_target(logits, targets):
-    return jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None] == targets[..., None]
-
-
-_log_probability.defvjp(_forward_log_probability, _backward_log_probability)
 
 
 def compile_step(step: Callable, mesh, state_shardings):
