@@ -71,6 +71,11 @@ class TableEmit(Emit):
     def sub(self, a, b):
         return arith.subi(a, b)
 
+    def word(self, ref, index):
+        """Its address. Anew: of an offset that it knows to be below 256 LLVM makes a bitwise or, as Mosaic says that arrays start at
+        multiples of 256 bytes."""
+        return self.pointer(ref, arith.extsi(self.i64, self.anew(index)), 4)
+
     def least(self, a, b):
         return arith.minsi(a, self.int(b) if isinstance(b, int) else b)
 
@@ -105,7 +110,7 @@ class TableEmit(Emit):
     def size(self, sizes, segment):
         """Of its group, 0 where it has none."""
         exists = self.less(segment, self.job.groups * (2 if self.job.kind == "masked" else 1))
-        return self.load(self.pointer(sizes, arith.extsi(self.i64, self.group(segment)), 4), 1, exists)[0]
+        return self.load(self.word(sizes, self.group(segment)), 1, exists)[0]
 
     def bounds(self, segment, size, before):
         """(start, end), the sizes of the segments before being `before` in all."""
@@ -192,12 +197,12 @@ def _table(e: TableEmit, sizes, count, table, *poison):
         alone.append((poison[0], arith.select(whole, e.int(0), e.int(NAN))))
 
     column = e.column(segment, start, end, e.sub(e.index, before))
-    address, exists = e.pointer(table, arith.extsi(e.i64, e.index), 4), e.less(e.index, job.entries)
+    address, exists = e.word(table, e.index), e.less(e.index, job.entries)
     with utils.when(exists):  # one branch for all: ptxas makes several of the predicates
         for i, field in enumerate(column):
             e.store(arith.addi(address, arith.constant(e.i64, 4 * job.entries * i)), [field], exists)
     for ref, word in alone:
-        e.store(e.pointer(ref, arith.constant(e.i64, 0), 4), [word], e.less(e.index, 1))
+        e.store(e.word(ref, e.int(0)), [word], e.less(e.index, 1))
 
 
 @functools.partial(jax.jit, static_argnums=0)  # traced and compiled once a shape, however often a model calls it
