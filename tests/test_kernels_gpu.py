@@ -12,6 +12,7 @@ import pytest
 
 from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quantize
 from pallas_kernels.cross_entropy import log_probability_backward, log_sum_exp
+from pallas_kernels.grouped_matmul import table, tiles
 from pallas_kernels.norm import rms_norm, rms_norm_backward
 from pallas_kernels.quantize import reference
 from pallas_kernels.rows import gather, gather_sum, weighted_backward
@@ -235,6 +236,31 @@ def test_grouped_weight_gradients(n, k):
         assert float(jnp.abs(more - 1 - got).max()) < 1e-2
         uneven = run(*operands, jnp.array([1000, 0, 400, 128], jnp.int32))
         assert bool(jnp.isnan(uneven[jnp.array([0, 2, 3])]).all())
+
+
+def sizes_of_groups(rng, n_groups, n_rows):
+    """Even, ragged, empty, all in one, of whole blocks, of a row each; some leave rows over, others are too many."""
+    ragged = rng.multinomial(n_rows, rng.dirichlet(np.full(n_groups, 0.2)))
+    few = rng.integers(0, 2, n_groups)
+    yield from (ragged, ragged // 2 * few, ragged * 2, np.zeros(n_groups), np.ones(n_groups), np.full(n_groups, n_rows))
+    yield from (rng.integers(0, 6, n_groups), rng.integers(0, n_rows // n_groups // 32 + 2, n_groups) * 64)
+    yield n_rows * (np.arange(n_groups) == rng.integers(n_groups))
+
+
+@pytest.mark.parametrize("n_groups", [1, 2, 4, 31, 32, 33, 64, 128, 257, 512])
+def test_tile_tables_are_those_made_in_jnp_bit_for_bit(n_groups):
+    """Also past the last tile."""
+    rng = np.random.default_rng(n_groups)
+    jobs = [("row_tiles", (n, 7, tile_m, align)) for n, align in ((1, 4), (1500, 1), (65536, 4)) for tile_m in (128, 192, 256)]
+    jobs += [("masked_tiles", (n, 7, tile_m, 4)) for n, tile_m in ((64, 128), (300, 192), (512, 256))]
+    jobs += [("gradient_tiles", shape) for shape in ((7, 128, 64), (1000, 192, 128), (1024, 256, 64))]
+    for name, arguments in jobs:
+        ours, plain = (jax.jit(functools.partial(lambda f, a, sizes: f(sizes, *a), getattr(of, name), arguments)) for of in (table, tiles))
+        for sizes in sizes_of_groups(rng, n_groups, arguments[0] + 5):
+            sizes = jnp.asarray(sizes, jnp.int32)
+            for got, want in zip(jax.tree.leaves(ours(sizes)), jax.tree.leaves(plain(sizes)), strict=True):
+                assert got.shape == want.shape and got.dtype == want.dtype
+                np.testing.assert_array_equal(got.view(jnp.int32), want.view(jnp.int32), f"{name} {arguments} {sizes}")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "uint8"])

@@ -10,7 +10,7 @@ from jax import ShapeDtypeStruct as S
 from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quantize, target
 from pallas_kernels.cross_entropy import log_probability_backward, log_sum_exp
 from pallas_kernels.fp8_matmul import tuned
-from pallas_kernels.grouped_matmul import tiles
+from pallas_kernels.grouped_matmul import table, tiles
 from pallas_kernels.norm import rms_norm, rms_norm_backward
 from pallas_kernels.rows import gather, gather_sum, weighted_backward
 
@@ -64,6 +64,10 @@ KERNELS = {
                               (S((1024, 640), BF16), S((1024, 512), BF16), S((4,), I32), S((4, 640, 512), F32))),
     "bf16 grouped gradient, long groups": (functools.partial(grouped_matmul.weight_gradient, implementation="kernel"),
                                            (S((16384, 640), BF16), S((16384, 512), BF16), S((4,), I32))),
+    "tile table, rows": (lambda sizes: table.row_tiles(sizes, 67584, 16, 128), (S((32,), I32),)),
+    "tile table, many groups": (lambda sizes: table.row_tiles(sizes, 65536, 56, 192, align=4), (S((257,), I32),)),
+    "tile table, masked": (lambda counts: table.masked_tiles(counts, 512, 16, 256, 4), (S((4,), I32),)),
+    "tile table, gradient": (lambda sizes: table.gradient_tiles(sizes, 1000, 128, 64), (S((32,), I32),)),
     "quantise both": (functools.partial(quantize.quantize_both, implementation="kernel"), (S((256, 2112), BF16),)),
     "quantise weight": (functools.partial(quantize.quantize_weight, implementation="kernel"), (S((2, 64, 128), F32),)),
     "quantise e5m6": (functools.partial(quantize.quantize_tiles, format="e5m6", power_of_two=True,
@@ -142,9 +146,9 @@ def test_row_tiles_cover_every_row_once_with_its_group(rng, tile_m, align):
     table_of = jax.jit(lambda sizes: tiles.row_tiles(sizes, n_rows, 7, tile_m, align))
     for _ in range(20):
         sizes = rng.integers(0, 370, n_groups) * rng.integers(0, 2, n_groups)
-        count, table = table_of(jnp.asarray(sizes, I32))
+        count, columns = table_of(jnp.asarray(sizes, I32))
         group = np.full(n_rows, -2)
-        for a, d, end, skip, g, first, k_blocks in np.asarray(table).T[: int(count[0])]:
+        for a, d, end, skip, g, first, k_blocks in np.asarray(columns).T[: int(count[0])]:
             assert a == d and a % align == 0 and first == 0 and 0 < end <= tile_m and skip < align
             assert (group[d + skip:d + end] == -2).all(), "a row in two tiles"
             group[d + skip:d + end] = g if k_blocks else -1
@@ -153,9 +157,9 @@ def test_row_tiles_cover_every_row_once_with_its_group(rng, tile_m, align):
 
 
 def test_masked_tiles_mark_the_rows_past_each_count():
-    count, table = tiles.masked_tiles(jnp.array([3, 0, 300], I32), 300, 2, 192, 4)
+    count, columns = tiles.masked_tiles(jnp.array([3, 0, 300], I32), 300, 2, 192, 4)
     live = np.zeros(900, int)
-    for _, d, end, skip, g, _, k_blocks in np.asarray(table).T[: int(count[0])]:
+    for _, d, end, skip, g, _, k_blocks in np.asarray(columns).T[: int(count[0])]:
         live[d + skip:d + end] += np.where(k_blocks > 0, 10 + g, 1)
     np.testing.assert_array_equal(live, np.repeat([10, 1, 1, 12], [3, 297, 300, 300]))
 
@@ -203,5 +207,7 @@ def test_kernels_lower_inside_shard_map_and_vmap(hopper):
     assert "mosaic_gpu" in norms_of_many.lower(lowering_platforms=("cuda",)).as_text()
     log_z_of_many = jax.jit(jax.vmap(log_sum_exp)).trace(S((3, 256, 256), BF16))
     assert "mosaic_gpu" in log_z_of_many.lower(lowering_platforms=("cuda",)).as_text()
+    tables_of_many = jax.jit(jax.vmap(lambda sizes: table.gradient_tiles(sizes, 256, 128, 64))).trace(S((3, 8), I32))
+    assert "mosaic_gpu" in tables_of_many.lower(lowering_platforms=("cuda",)).as_text()
     sums_of_many = jax.jit(jax.vmap(gather_sum)).trace(S((3, 256, 256), BF16), S((3, 64, 4), I32), S((3, 64, 4), F32))
     assert "mosaic_gpu" in sums_of_many.lower(lowering_platforms=("cuda",)).as_text()

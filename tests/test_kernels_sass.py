@@ -18,13 +18,13 @@ SPILLED = {"dense gradient": 12, "fp8 grouped gradient": 48, "fp8 grouped gradie
 
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
-    """The kernels of one entry of KERNELS."""
+    """The kernels of one entry of KERNELS, tile tables only where it is about them."""
     assert not sass.missing(), sass.missing()
     monkeypatch.setattr(target, "is_hopper", lambda: True)
 
     def compile_(name):
         run, shapes = KERNELS[name]
-        codes = sass.kernels(run, *shapes)
+        codes = [c for c in sass.kernels(run, *shapes) if (b"tile_table" in c) == name.startswith("tile table")]
         assert codes, "no kernel of ours in what was lowered"
         return [sass.compile_for_hopper(code, tmp_path / str(i)) for i, code in enumerate(codes)]
 
@@ -97,7 +97,18 @@ def _of(lines, instruction: str) -> int:
     return max(i for i, (code, _) in enumerate(lines) if instruction in code)
 
 
-@pytest.mark.parametrize("name", [n for n in KERNELS if "gradient" in n and "bf16" not in n])
+@pytest.mark.parametrize("name", [n for n in KERNELS if n.startswith("tile table")])
+def test_a_tile_table_waits_for_memory_once_and_for_no_other_warp(compiled, name):
+    (kernel,) = compiled(name)
+    assert kernel.registers <= 64 and kernel.spilled == 0 and not kernel.warnings
+    order = re.findall(r"\b(LDG|SHFL|STG|BAR|LDS)\b", kernel.sass)
+    loads = 9 if "many" in name else 2 if "rows" in name else 1  # all sizes, before the first exchange between lanes
+    assert [o for o in order if o != "BAR"][:loads + 1] == ["LDG"] * loads + ["SHFL"]
+    assert order.count("LDG") == loads and not order.count("LDS") and order.count("BAR") == 2  # those at Mosaic's start
+    assert len(re.findall(r"\bBRA\b", kernel.sass)) <= 2  # past the stores; behind the end
+
+
+@pytest.mark.parametrize("name", [n for n in KERNELS if "gradient" in n and n.startswith(("dense", "fp8"))])
 def test_a_stage_of_scales_is_released_only_once_they_were_used(compiled, name):
     """Between the last load of a stage and the arrival that gives it back stands a product (that overwrites what the scales were used
     on) or the store of the finished tile: an arrival alone does not wait for loads in flight."""

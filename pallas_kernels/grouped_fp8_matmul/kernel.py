@@ -6,39 +6,39 @@ from pallas_kernels import hopper
 from pallas_kernels.fp8_matmul import plain
 from pallas_kernels.fp8_matmul.kernel import gemm
 from pallas_kernels.grouped_fp8_matmul import tuned
-from pallas_kernels.grouped_matmul import tiles
+from pallas_kernels.grouped_matmul import table
 from pallas_kernels.quantize.reference import ceil_div, pad
 
 
-def _rows(a, a_scale, b, b_scale, table, out_dtype, tuning):
-    """a [M, K] with the row tiles of `table` -> [M, N]."""
+def _rows(a, a_scale, b, b_scale, tiles, out_dtype, tuning):
+    """a [M, K] with the row tiles of a table -> [M, N]."""
     (G, N, _), M = b.shape, a.shape[0]
     columns = N + -N % (16 // jnp.dtype(out_dtype).itemsize)
     b = pad(b.reshape(G * N, -1), 1, 16)
     return gemm(pad(a, 1, 16), pad(a_scale.T, 1, 4), b, b_scale.reshape(-1, b_scale.shape[-1]), n=N, tuning=tuning,
-                out_shape=jax.ShapeDtypeStruct((M, columns), out_dtype), tiles=table)[:, :N]
+                out_shape=jax.ShapeDtypeStruct((M, columns), out_dtype), tiles=tiles)[:, :N]
 
 
 def grouped(a, a_scale, b, b_scale, group_sizes, out_dtype):
     (M, K), tuning = a.shape, tuned.pick(a.shape[0], b.shape[0])
-    table = tiles.row_tiles(group_sizes, M, ceil_div(K, 128), tuning.tile_m, align=4)
-    return _rows(a, a_scale, b, b_scale, table, out_dtype, tuning)
+    tiles = table.row_tiles(group_sizes, M, ceil_div(K, 128), tuning.tile_m, align=4)
+    return _rows(a, a_scale, b, b_scale, tiles, out_dtype, tuning)
 
 
 def masked(a, a_scale, b, b_scale, counts, out_dtype):
     (G, M, K), tuning = a.shape, tuned.pick(a.shape[0] * a.shape[1], a.shape[0])
-    table = tiles.masked_tiles(counts, M, ceil_div(K, 128), tuning.tile_m, align=4)
-    out = _rows(a.reshape(G * M, K), a_scale.reshape(G * M, -1), b, b_scale, table, out_dtype, tuning)
+    tiles = table.masked_tiles(counts, M, ceil_div(K, 128), tuning.tile_m, align=4)
+    out = _rows(a.reshape(G * M, K), a_scale.reshape(G * M, -1), b, b_scale, tiles, out_dtype, tuning)
     return out.reshape(G, M, -1)
 
 
 def weight_gradient(dy, dy_scale, x, x_scale, group_sizes, accumulate):
     G, N, K = group_sizes.shape[0], dy.shape[1], x.shape[1]
-    table = tiles.gradient_tiles(group_sizes, N, tuned.GRADIENT.tile_m, 128)
-    dy_scale = pad(dy_scale, 1, 4) + tiles.poison(group_sizes, 128)
+    tiles, poison = table.gradient_tiles(group_sizes, N, tuned.GRADIENT.tile_m, 128)
+    dy_scale = pad(dy_scale, 1, 4) + poison[0]
     in_place = hopper.in_place(accumulate) and K % 4 == 0
     out = gemm(pad(dy.T, 1, 16), dy_scale, pad(x.T, 1, 16), pad(x_scale, 1, 4), n=K, tuning=tuned.GRADIENT,
-               row_scales=True, tiles=table, out_shape=jax.ShapeDtypeStruct((G * N, K + -K % 4), jnp.float32),
+               row_scales=True, tiles=tiles, out_shape=jax.ShapeDtypeStruct((G * N, K + -K % 4), jnp.float32),
                accumulate=accumulate.reshape(G * N, K) if in_place else None)
     out = out[:, :K].reshape(G, N, K)
     return out if in_place or accumulate is None else out + accumulate

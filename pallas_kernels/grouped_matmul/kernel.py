@@ -4,7 +4,7 @@ A block has two consumer warpgroups of 128 x 128 and a producer; a stage is 64 o
 tile of 256 rows, or have tiles of 128 in turn: the ring of stages is one all the same, and each knows where the other's tile ends.
 An operand lies 'k' (its rows hold the reduction) or 'mn' (its columns do); wgmma in bf16 reads either, so dgrad and weight
 gradient need no transposed copies. The persistent grid walks the row tiles of a table made on the device
-(`grouped_matmul.tiles`). With `interpret` Pallas barriers and copies stand in for those of `pallas_kernels.hopper`.
+(`grouped_matmul.table`). With `interpret` Pallas barriers and copies stand in for those of `pallas_kernels.hopper`.
 """
 import functools
 
@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.grouped_matmul import tiles, tuned
+from pallas_kernels.grouped_matmul import table, tiles, tuned
 from pallas_kernels.grouped_matmul.tuned import INTERPRET, Tuning
 from pallas_kernels.quantize.reference import ceil_div, pad
 
@@ -31,7 +31,7 @@ def tiled(columns: int) -> tuple:
 
 @functools.partial(jax.jit, static_argnames=("major", "n", "b_stride", "out_shape", "tuning", "interpret"))  # one compile a shape
 def gemm(
-    a: jax.Array, b: jax.Array, table: tuple[jax.Array, jax.Array], *, major: tuple[str, str], n: int,
+    a: jax.Array, b: jax.Array, row_tiles: tuple[jax.Array, jax.Array], *, major: tuple[str, str], n: int,
     b_stride: int, out_shape: jax.ShapeDtypeStruct, tuning: Tuning, accumulate: jax.Array | None = None,
     offset: jax.Array | None = None, interpret: bool = False,
 ) -> jax.Array:
@@ -236,7 +236,7 @@ def gemm(
         plgpu.SMEM((2, c.buffers, 64, chunk), out_shape.dtype, transforms=tiled(chunk)),
         *barriers,
     )
-    operands = (a, b, *table, *(() if offset is None else (offset,)))
+    operands = (a, b, *row_tiles, *(() if offset is None else (offset,)))
     return hopper.launch(body, operands, out_shape, scratch, name="grouped_matmul", grid=grid, cluster=cluster,
                          warpgroups=3, accumulate=accumulate, interpret=interpret)
 
@@ -250,9 +250,9 @@ def by_rows(rows: jax.Array, w: jax.Array, group_sizes: jax.Array, contract: int
     w = jnp.pad(w, ((0, 0), (0, -w.shape[1] % multiple), (0, -w.shape[2] % multiple)))
     rows = jnp.pad(rows, ((0, 256), (0, -reduced % STEP))) if interpret else pad(rows, 1, 8)
     shape = INTERPRET if interpret else tuned.rows(reduced)
-    table = tiles.row_tiles(group_sizes, M, ceil_div(reduced, STEP), 128 * shape.parts)
+    row_tiles = (tiles if interpret else table).row_tiles(group_sizes, M, ceil_div(reduced, STEP), 128 * shape.parts)
     columns = n + -n % (128 if interpret else 8)
-    out = gemm(rows, w.reshape(-1, w.shape[2]), table, major=("k", "k" if contract == 2 else "mn"), n=n,
+    out = gemm(rows, w.reshape(-1, w.shape[2]), row_tiles, major=("k", "k" if contract == 2 else "mn"), n=n,
                b_stride=w.shape[1], out_shape=jax.ShapeDtypeStruct((rows.shape[0], columns), rows.dtype),
                tuning=shape, interpret=interpret)
     return out[:M, :n]
@@ -270,10 +270,11 @@ def weight_gradient(
     columns = K + -K % (128 if interpret else 4)
     in_place = hopper.in_place(accumulate) and columns == K and not interpret
     shape = INTERPRET if interpret else tuned.gradient(dy.shape[0] // G)
-    out = gemm(dy, x, tiles.gradient_tiles(group_sizes, N, 128 * shape.parts, STEP), major=("mn", "mn"), n=K, b_stride=0,
+    gradient_tiles, poison = (tiles if interpret else table).gradient_tiles(group_sizes, N, 128 * shape.parts, STEP)
+    out = gemm(dy, x, gradient_tiles, major=("mn", "mn"), n=K, b_stride=0,
                out_shape=jax.ShapeDtypeStruct((G * N, columns), jnp.float32),
                tuning=shape, interpret=interpret,
                accumulate=accumulate.reshape(G * N, K) if in_place else None,
-               offset=tiles.poison(group_sizes, STEP)[None])
+               offset=poison)
     out = out[:, :K].reshape(G, N, K)
     return out if in_place or accumulate is None else out + accumulate

@@ -1,4 +1,4 @@
-"""Tile tables of grouped products, made in jnp inside jit: group sizes are known only on the device.
+"""Tile tables of grouped products, made in jnp inside jit: group sizes are known only on the device. On Hopper `table` makes them.
 
 A table is (number of row tiles i32 [1], i32 [7, most tiles]), one column a row tile, its rows being FIELDS: the first
 row in A and in D, the end of the rows that count and how many before them do not, the group, the first block of K and
@@ -18,6 +18,11 @@ def _sums(x: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(index[:, None] >= index[None, :], x[None, :], 0), axis=1, dtype=jnp.int32)
 
 
+def most(n_segments: int, n_rows: int, tile_m: int, align: int) -> int:
+    """Row tiles at most: columns of a table of `segment_tiles`."""
+    return ceil_div(n_rows + n_segments * (align - 1), tile_m) + n_segments
+
+
 def segment_tiles(
     starts: jax.Array, ends: jax.Array, groups: jax.Array, live: jax.Array, n_rows: int, k_blocks: int, tile_m: int,
     align: int,
@@ -35,7 +40,7 @@ def segment_tiles(
     if tile_m == 192:
         tall = units // 3 - ((units % 3 == 1) & (units >= 4)).astype(jnp.int32)
     last = _sums(counts)
-    index = jnp.arange(ceil_div(n_rows + n_segments * (align - 1), tile_m) + n_segments, dtype=jnp.int32)
+    index = jnp.arange(most(n_segments, n_rows, tile_m, align), dtype=jnp.int32)
     segment = jnp.sum(last[None, :] <= index[:, None], axis=1, dtype=jnp.int32)
     segment = jnp.minimum(segment, n_segments - 1)
     within = index - (last - counts)[segment]
@@ -72,17 +77,17 @@ def masked_tiles(counts: jax.Array, n_rows: int, k_blocks: int, tile_m: int, ali
     return segment_tiles(starts, ends, group, live, n_groups * n_rows, k_blocks, tile_m, align)
 
 
-def gradient_tiles(group_sizes: jax.Array, n_out: int, tile_m: int, block: int) -> tuple[jax.Array, jax.Array]:
-    """Tiles of a weight gradient [G * n_out, K]: K of the product runs along each group's rows, in whole blocks."""
+def gradient_tiles(
+    group_sizes: jax.Array, n_out: int, tile_m: int, block: int
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """Tiles of a weight gradient [G * n_out, K]: K of the product runs along each group's rows, in whole blocks.
+
+    Also f32 [1], 0 or NaN if a group is no whole number of blocks: a weight gradient must not be wrong in silence."""
     n_groups, per_group = group_sizes.shape[0], ceil_div(n_out, tile_m)
     index = jnp.arange(n_groups * per_group, dtype=jnp.int32)
     group, row = index // per_group, index % per_group * tile_m
     first = (_sums(group_sizes) - group_sizes)[group] // block
     rows, zero = jnp.minimum(n_out - row, tile_m), jnp.zeros_like(row)
     table = jnp.stack([row, group * n_out + row, rows, zero, zero, first, group_sizes[group] // block])
-    return jnp.full(1, n_groups * per_group, jnp.int32), table.astype(jnp.int32)
-
-
-def poison(group_sizes: jax.Array, block: int) -> jax.Array:
-    """0, or NaN if a group is no whole number of blocks: a weight gradient must not be wrong in silence."""
-    return jnp.where(jnp.all(group_sizes % block == 0), 0.0, jnp.nan).astype(jnp.float32)
+    poison = jnp.where(jnp.all(group_sizes % block == 0), 0.0, jnp.nan).astype(jnp.float32)
+    return (jnp.full(1, n_groups * per_group, jnp.int32), table.astype(jnp.int32)), poison[None]
