@@ -20,6 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
         dense=tuple((m, *nk) for m in (4096, 128, 64) for nk in V3),
         dense_gradient=tuple((4096, *nk) for nk in V3),
         grouped=tuple((*groups, *nk) for groups in ((4, 8192), (8, 4096), (32, 256)) for nk in EXPERT),
+        grouped_swiglu=((32, 2048, 512, 1024), (8, 4096, 2048, 7168)),
         masked=tuple((*groups, *nk) for groups in ((4, 256), (8, 64)) for nk in EXPERT),
         grouped_gradient=tuple((*groups, *nk) for groups in ((4, 8192), (8, 4096)) for nk in EXPERT),
         quantisation=((16384, 7168), (16384, 4096)),
@@ -29,6 +30,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     if arg == "tiny":
         shapes = dict(dense=((128, 256, 128),), dense_gradient=((128, 256, 128),), grouped=((2, 128, 128, 256),),
+                      grouped_swiglu=((2, 128, 64, 256),),
                       masked=((2, 64, 128, 256),), grouped_gradient=((2, 128, 128, 256),), quantisation=((128, 256),),
                       rows=((64, 128, 2, 4),), norm=((64, 128),), cross_entropy=((64, 512),))
     return ConfigDict(dict(

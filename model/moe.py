@@ -145,8 +145,9 @@ class MoEFFN(nn.Module):
 
         def run_experts(rows, quantized, group_sizes, align, w_up, w_down, tape):
             """What lies between dispatch and combine: rows [M, D] sorted by expert -> rows."""
-            gate_up = precision.grouped_linear(rows, group_sizes, w_up, run, "moe/gate_up", tape, align=align, quantized=quantized)
-            return precision.grouped_linear(swiglu(gate_up), group_sizes, w_down, run, "moe/down", tape, align=align, gate_up=gate_up)
+            gate_up, hidden = precision.grouped_gate_up(rows, group_sizes, w_up, run, "moe/gate_up", tape, align=align, quantized=quantized)
+            hidden = swiglu(gate_up, hidden)
+            return precision.grouped_linear(hidden, group_sizes, w_down, run, "moe/down", tape, align=align, gate_up=gate_up)
 
         readers, stream_MD = (weigh, shared) if m.n_shared_experts else (weigh,), stream_BTD.reshape(B * T, D)
         if _all_experts(run, B * T, m):

@@ -1,4 +1,4 @@
-"""Which matmul runs how (V3 §3.3): `prepare`, `linear`, `joint_linear`, `grouped_linear`, `weight_gradient`, `raw`.
+"""Which matmul runs how (V3 §3.3): `prepare`, `linear`, `joint_linear`, `grouped_linear`, `grouped_gate_up`, `weight_gradient`, `raw`.
 
 Weights are stored [N, K] (outputs, inputs), FP32 masters; a pair of weights of one input is [2, N, K]; experts lead with E. A
 product is x W^T. `prepare` makes, once an optimizer step, the low-precision copy each product reads; gradients reach the master.
@@ -210,6 +210,18 @@ def grouped_linear(rows, group_sizes, w, run, site: str, tape: tapes.LayerTape |
         return tapes.write(tape, site, rows, lambda stored: _grouped(static, rows, w, group_sizes, stored), group_sizes)
 
 
+def grouped_gate_up(rows, group_sizes, w, run, site: str, tape: tapes.LayerTape | None = None, *, align: int = 1, quantized=None):
+    """(gate_up [M, 2F] as `grouped_linear` has it for w [E, 2, F, K], its SwiGLU [M, F] where the same kernel wrote it, else None).
+
+    `ffn.swiglu(gate_up, hidden)` takes both: no gradient of the second is read here.
+    """
+    if _is_fp8(w, run) or choose_experts(run.experts, rows.dtype) != "kernel":
+        return grouped_linear(rows, group_sizes, w, run, site, tape, align=align, quantized=quantized), None
+    with jax.named_scope(site):
+        gate_up, hidden = _grouped_swiglu(rows, _merge(w, 1, rows.dtype), group_sizes, tapes.stored(tape, site))
+        return tapes.write(tape, site, rows, lambda stored: gate_up, group_sizes), hidden
+
+
 def quantize_tokens(x, w, run, site: str):
     """x [M, K] in FP8 as `grouped_linear` caches its rows, for a dispatch that moves bytes (V3 §3.3.3); None where w's kind has no tiles
     that a row could keep on its way."""
@@ -325,3 +337,19 @@ def _grouped_backward(static, residuals, dy):
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+@jax.custom_vjp
+def _grouped_swiglu(rows, w, group_sizes, stored):
+    """`_grouped` by gate and up, and silu(gate) * up from the same kernel; of a stored value None."""
+    if stored is not None:
+        return stored, None
+    return grouped_matmul.matmul_swiglu(rows, _operand(w, rows.dtype).reshape(group_sizes.shape[0], 2, -1, rows.shape[1]), group_sizes)
+
+
+def _grouped_swiglu_forward(rows, w, group_sizes, stored):
+    _refuse_stored(w)
+    return _grouped_swiglu(rows, w, group_sizes, stored), (rows, w, group_sizes, stored is not None)
+
+
+_grouped_swiglu.defvjp(_grouped_swiglu_forward, lambda residuals, dy: _grouped_backward(("kernel", 1), residuals, dy[0]))

@@ -51,9 +51,14 @@ def write(tape: LayerTape | None, site: str, x, compute, group_sizes=None):
     """Runs one matmul through the tape: compute(stored output or None), recorded, with the site's zeros added."""
     if tape is None or tape.tape is None:
         return compute(None)
-    y = compute(tape.tape.outputs.get(site))
+    y = compute(stored(tape, site))
     tape.records[site] = Record(x, y, group_sizes)
     return y + tape.tape.zeros[site] if site in tape.tape.zeros else y
+
+
+def stored(tape: LayerTape | None, site: str):
+    """The output to replay at this site, or None."""
+    return None if tape is None or tape.tape is None else tape.tape.outputs.get(site)
 
 
 def layer_slice(tape: Tape | None, start: int, stop: int) -> Tape | None:

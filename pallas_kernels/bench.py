@@ -21,6 +21,7 @@ import numpy as np
 
 from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quantize
 from pallas_kernels.cross_entropy import log_probability_backward, log_sum_exp
+from pallas_kernels.grouped_matmul.reference import swiglu
 from pallas_kernels.norm import rms_norm, rms_norm_backward
 from pallas_kernels.rows import gather, gather_sum, weighted_backward
 from pallas_kernels.target import is_hopper
@@ -152,6 +153,18 @@ def grouped(g: int, rows: int, n: int, k: int):
     yield Case("bf16 grouped", shape, grouped_matmul.matmul, (x, w, sizes), flops, 2 * moved, "bf16", baseline=xla)
     yield Case("fp8 grouped", shape, lambda a, sa, b, sb, s: grouped_fp8_matmul.grouped_matmul(a, sa.T, b, sb, s),
                (*a, *b, sizes), flops, moved, baseline=xla, peer=peer)
+
+
+def grouped_swiglu(g: int, rows: int, f: int, k: int):
+    """Gate and up of g experts of `rows` rows in bf16 and their SwiGLU, from one kernel; XLA's side makes it of our product's result."""
+    m, sizes, x, w = g * rows, jnp.full(g, rows, jnp.int32), random(g * rows, k), random(g, 2, f, k)
+
+    def apart(x, w, sizes):
+        gate_up = grouped_matmul.matmul(x, w.reshape(g, 2 * f, k), sizes)
+        return gate_up, swiglu(gate_up)
+
+    yield Case("bf16 grouped with SwiGLU", f"{g} x {rows}, 2 x {f} x {k}", grouped_matmul.matmul_swiglu, (x, w, sizes), 4 * m * f * k,
+               2 * (m * k + w.size + 3 * m * f), "bf16", baseline=(apart, (x, w, sizes)))
 
 
 def masked(g: int, rows: int, n: int, k: int):
@@ -288,7 +301,7 @@ def cross_entropies(m: int, v: int):
         yield Case(name, f"{m} x {v}", run, (*operands, own), 0, moved, "bf16", bool(operands), (xla, (*operands, logits)))
 
 
-OPS = {"dense": dense, "dense_gradient": dense_gradient, "grouped": grouped, "masked": masked,
+OPS = {"dense": dense, "dense_gradient": dense_gradient, "grouped": grouped, "grouped_swiglu": grouped_swiglu, "masked": masked,
        "grouped_gradient": grouped_gradient, "quantisation": quantisation, "rows": moved_rows, "norm": norms,
        "cross_entropy": cross_entropies}
 

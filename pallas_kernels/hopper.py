@@ -168,10 +168,11 @@ def produce(stages, tile_m, tile_n, cluster, row_scales):
     return body
 
 
-def produce_bf16(stages, parts, tile_n, cluster, major):
+def produce_bf16(stages, parts, tile_n, cluster, major, apart=None):
     """As `produce`, for `parts` times 128 rows of A and a tile of B in bf16, 64 of the reduction a stage.
 
-    A 'k' operand is read like FP8; of an 'mn' one (reduction along its rows) TMA writes 8 x 64 tiles."""
+    A 'k' operand is read like FP8; of an 'mn' one (reduction along its rows) TMA writes 8 x 64 tiles. With `apart` the tile of a
+    'k' operand B is two halves, of which the second starts so many rows below the first."""
 
     def body(ctx, a_gmem, b_gmem, a_smem, b_smem, bars_ref, slot, parity, row, col, first, k):
         slot, parity, row, col, first, k = map(_scalar, (slot, parity, row, col, first, k))
@@ -191,8 +192,15 @@ def produce_bf16(stages, parts, tile_n, cluster, major):
                 at = arith.addi(row, _i32(128 * part))
                 copy(a_gmem, utils.memref_slice(a_smem, (_index(slot), part)), major[0],
                      (at, k) if major[0] == "k" else (k, at), 128, True)
-            at = (arith.addi(first, col), k) if major[1] == "k" else (arith.addi(first, k), col)
-            copy(b_gmem, utils.memref_slice(b_smem, _index(slot)), major[1], at, tile_n, False)
+            b_tile = utils.memref_slice(b_smem, _index(slot))
+            if apart is None:
+                at = (arith.addi(first, col), k) if major[1] == "k" else (arith.addi(first, k), col)
+                copy(b_gmem, b_tile, major[1], at, tile_n, False)
+            else:
+                at, half = arith.addi(first, col), tile_n // 2
+                for i in range(2):  # SMEM holds tiles of 8 rows
+                    copy(b_gmem, utils.memref_slice(b_tile, slice(i * half // 8, (i + 1) * half // 8)), "k",
+                         (arith.addi(at, _i32(i * apart)), k), half, False)
 
     return body
 

@@ -43,6 +43,7 @@ def _cases() -> Iterator[tuple]:
     yield "FP8 masked", grouped_fp8_matmul.masked_matmul, (*room, *blocks, jnp.array([100, 0, 3, 64], jnp.int32)), {}
     yield "FP8 grouped weight gradient", grouped_fp8_matmul.weight_gradient, (*h_columns, *x_columns, whole), dict(accumulate=total)
     yield "bf16 grouped", grouped_matmul.matmul, (x, w, some), {}
+    yield "bf16 grouped and SwiGLU", grouped_matmul.matmul_swiglu, (x, w[:, :256].reshape(4, 2, 128, 384), some), {}
     yield "bf16 grouped dgrad", grouped_matmul.dgrad, (h, w, some), {}
     source = jnp.arange(500, dtype=jnp.int32) * 7 % 450 - 9  # some of no row
     position, weights = source.reshape(125, 4), jnp.linspace(-1, 1, 500)

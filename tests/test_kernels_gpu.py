@@ -207,6 +207,25 @@ def test_grouped_fp8_and_bf16_of_each_group_and_zeros_after(m, sizes, n, k):
         assert not bool(out[sum(sizes):].any())
 
 
+@pytest.mark.parametrize("m, sizes", SIZES)
+@pytest.mark.parametrize("f, k", [(512, 1024), (64, 72), (320, 1000), (192, 2048), (100, 512)])
+def test_grouped_product_with_swiglu_in_its_epilogue_is_the_product_then_swiglu(m, sizes, f, k):
+    """Both tunings, an odd number of tiles, and a width that the fused kernel does not take."""
+    x, w = random(0, m, k).astype(jnp.bfloat16), random(2, len(sizes), 2, f, k).astype(jnp.bfloat16)
+    sizes_, plain = jnp.array(sizes, jnp.int32), w.reshape(len(sizes), 2 * f, k)
+    run = jax.jit(grouped_matmul.matmul_swiglu if f % 64 else functools.partial(grouped_matmul.matmul_swiglu, implementation="kernel"))
+    gate_up, hidden = run(x, w, sizes_)
+    for got, again in zip((gate_up, hidden), run(x, w, sizes_), strict=True):
+        assert bool(jnp.array_equal(got, again)) and not bool(got[sum(sizes):].any())
+    assert bool(jnp.array_equal(gate_up, grouped_matmul.matmul(x, plain, sizes_, implementation="kernel")))
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=1)
+    want = jax.nn.silu(gate) * up
+    error = jnp.abs(hidden.astype(jnp.float32) - want)
+    assert hidden.dtype == jnp.bfloat16 and bool((error <= 2.0**-8 * jnp.abs(want) + 1e-30).all())
+    for g, rows in groups(sizes, m):
+        assert errors(gate_up[rows], x[rows], plain[g])[0] < 3e-3
+
+
 def test_masked_rows():
     counts = jnp.array([64, 0, 256, 100], jnp.int32)
     x, w = random(0, 4, 256, 512), random(2, 4, 384, 512)

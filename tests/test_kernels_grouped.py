@@ -39,6 +39,16 @@ def test_bf16_forward_dgrad_and_weight_gradient_are_those_of_each_group(rng, m, 
     np.testing.assert_allclose(grouped_matmul.weight_gradient(dy, rows, sizes_, accumulate=before), want + 1, atol=1e-4)
 
 
+@pytest.mark.parametrize("f", [20, 64])
+@pytest.mark.parametrize("m, sizes", SIZES)
+def test_gate_and_up_with_their_swiglu_are_those_of_each_group(rng, m, sizes, f):
+    rows, w = (rng.standard_normal(s).astype(np.float32) for s in ((m, 24), (len(sizes), 2, f, 24)))
+    gate_up, hidden = jax.jit(grouped_matmul.matmul_swiglu)(rows, w, jnp.asarray(sizes, jnp.int32))
+    want = loop(np.float64(rows), w.reshape(len(sizes), 2 * f, 24), sizes)
+    np.testing.assert_allclose(gate_up, want, atol=1e-4)
+    np.testing.assert_allclose(hidden, want[:, :f] / (1 + np.exp(-want[:, :f])) * want[:, f:], atol=1e-3)
+
+
 def test_bf16_products_are_summed_in_float32(rng):
     rows, w = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((64, 512), (2, 32, 512)))
     out = grouped_matmul.matmul(rows, w, jnp.array([40, 24], jnp.int32))
@@ -83,5 +93,7 @@ def test_sizes_of_another_type_are_refused():
     for sizes in (jnp.ones(2), jnp.ones(3, jnp.int32)):
         with pytest.raises(ValueError, match="group_sizes"):
             grouped_matmul.matmul(rows, w, sizes)
+    with pytest.raises(ValueError, match=r"w_pair \(2, 4, 4\): must be"):
+        grouped_matmul.matmul_swiglu(rows, w, jnp.ones(2, jnp.int32))
     with pytest.raises(ValueError, match="must be one float dtype"):
         grouped_matmul.matmul(rows, w.astype(jnp.bfloat16), jnp.ones(2, jnp.int32))

@@ -58,6 +58,10 @@ KERNELS = {
                      (S((1024, 512), BF16), S((4, 640, 512), BF16), S((4,), I32))),
     "bf16 grouped, long reduction": (functools.partial(grouped_matmul.matmul, implementation="kernel"),
                                      (S((1024, 2048), BF16), S((4, 640, 2048), BF16), S((4,), I32))),
+    "bf16 grouped gate and up": (functools.partial(grouped_matmul.matmul_swiglu, implementation="kernel"),
+                                 (S((1024, 512), BF16), S((4, 2, 320, 512), BF16), S((4,), I32))),
+    "bf16 grouped gate and up, long reduction": (functools.partial(grouped_matmul.matmul_swiglu, implementation="kernel"),
+                                                 (S((1024, 2048), BF16), S((4, 2, 320, 2048), BF16), S((4,), I32))),
     "bf16 grouped dgrad": (functools.partial(grouped_matmul.dgrad, implementation="kernel"),
                            (S((1024, 640), BF16), S((4, 640, 512), BF16), S((4,), I32))),
     "bf16 grouped gradient": (lambda *a: grouped_matmul.weight_gradient(*a[:3], accumulate=a[3], implementation="kernel"),
@@ -139,6 +143,20 @@ def test_grouped_bf16_kernel_agrees_with_the_reference_in_interpret_mode(rng):
         np.testing.assert_allclose(got, want, atol=1e-4, rtol=8e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("f, m, sizes", [(64, 300, (130, 0, 67)), (128, 150, (1, 0, 128)), (192, 80, (0, 0, 0))])
+def test_grouped_kernel_with_swiglu_is_that_of_float64_in_interpret_mode(rng, f, m, sizes):
+    rows, w = (jnp.asarray(rng.standard_normal(s), BF16) for s in ((m, 100), (3, 2, f, 100)))
+    gate_up, hidden = grouped_matmul.matmul_swiglu(rows, w, jnp.array(sizes, I32), implementation="interpret")
+    rows, w, gate_up, hidden = (np.asarray(x, np.float64) for x in (rows, w, gate_up, hidden))
+    group = np.repeat(np.arange(3), sizes)
+    want = np.zeros((m, 2 * f))
+    want[:len(group)] = np.einsum("mk,mfk->mf", rows[:len(group)], w.reshape(3, 2 * f, 100)[group])
+    np.testing.assert_allclose(gate_up, want, rtol=2.0**-8, atol=1e-5)
+    gate, up = np.split(gate_up, 2, axis=1)
+    np.testing.assert_allclose(hidden, gate / (1 + np.exp(-gate)) * up, rtol=2.0**-8, atol=1e-30)
+
+
 @pytest.mark.parametrize("align", [1, 4])
 @pytest.mark.parametrize("tile_m", [192, 256])
 def test_row_tiles_cover_every_row_once_with_its_group(rng, tile_m, align):
@@ -183,8 +201,18 @@ def test_a_named_path_that_cannot_run_raises(monkeypatch):
     with pytest.raises(ValueError, match="no plain Pallas version"):
         quantize.quantize_tiles(jnp.ones((4, 128)), implementation="interpret")
     monkeypatch.setattr(target, "is_hopper", lambda: True)
+    narrow = jnp.zeros((8, 64), BF16), jnp.zeros((2, 2, 40, 64), BF16), jnp.zeros(2, I32)
+    with pytest.raises(ValueError, match="cannot run: F=40: must be a multiple of 64"):
+        grouped_matmul.matmul_swiglu(*narrow, implementation="kernel")
     with pytest.raises(ValueError, match="cannot run: 5 rows: must be a multiple of 16"):
         quantize.quantize_tiles(jnp.ones((5, 128)), (128, 1), implementation="kernel")
+
+
+def test_a_width_that_no_tile_halves_takes_the_product_alone(hopper):
+    for f, fused in ((40, False), (64, True)):
+        shapes = S((256, 64), BF16), S((2, 2, f, 64), BF16), S((2,), I32)
+        text = jax.jit(grouped_matmul.matmul_swiglu).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("mosaic_gpu_v2") == 1 and ("stablehlo.exponential" in text) != fused
 
 
 def test_kernels_lower_inside_shard_map_and_vmap(hopper):

@@ -130,6 +130,44 @@ def test_two_products_of_one_input_are_one_with_a_single_input_gradient(kind, fi
     assert linears == (1 if first % 128 == 0 and kind != "fp8_tensor" or kind == "bf16" else 2)
 
 
+def test_gate_and_up_with_their_swiglu_have_the_gradients_and_the_tape_of_the_product_alone(rng, monkeypatch):
+    """As on a Hopper GPU, with the kernels' references: the backward reads gate_up alone, and a replayed output drops the product."""
+    monkeypatch.setattr(precision, "is_hopper", lambda: True)
+    run, sizes, site = run_of("bf16"), jnp.array([64, 0, 40], jnp.int32), "moe/gate_up"
+    rows, dy = (jnp.array(rng.normal(size=(128, n)), jnp.bfloat16) for n in (K, 24))
+    w = jnp.array(rng.normal(size=(3, 2, 24, K)), jnp.float32)
+    prepared = precision.prepare({"gate_up": w}, run)["gate_up"]
+
+    def fused(*args):
+        gate_up, hidden = precision.grouped_gate_up(*args, align=8)
+        assert hidden is not None
+        return gate_up, ffn.swiglu(gate_up, hidden)
+
+    def apart(*args):
+        gate_up = precision.grouped_linear(*args, align=8)
+        return gate_up, ffn.swiglu(gate_up)
+
+    def backward_of(form):
+        def taped(rows, master, zeros):
+            tape = LayerTape(Tape(zeros={site: zeros}))
+            gate_up, hidden = form(rows, sizes, prepared._replace(master=master), run, site, tape)
+            return hidden, (gate_up, tape.records[site])
+
+        hidden, pull, (gate_up, record) = jax.vjp(taped, rows, w, jnp.zeros((128, 48), jnp.bfloat16), has_aux=True)
+        return hidden, (gate_up, record, pull(dy))
+
+    (hidden, same), (plain, wanted) = jax.jit(lambda: (backward_of(fused), backward_of(apart)))()
+    assert error(hidden, np.asarray(plain, np.float64)) < 4e-3
+    jax.tree.map(np.testing.assert_array_equal, same, wanted)
+    _, record, (_, whole, d_gate_up) = same
+    part = precision.weight_gradient(record.input, d_gate_up, site, run, record.group_sizes)
+    np.testing.assert_array_equal(part.reshape(w.shape), whole)
+
+    replayed = precision.grouped_gate_up(rows, sizes, prepared, run, site, LayerTape(Tape(outputs={site: record.output})), align=8)
+    assert replayed[1] is None
+    np.testing.assert_array_equal(ffn.swiglu(*replayed), ffn.swiglu(record.output))
+
+
 def test_ablations_are_worse_where_the_paper_says(rng):
     """An outlier in one row hurts a per-tensor scale everywhere, a tile alone in its own tile."""
     x, w, _, dy = operands(rng, "bf16")

@@ -1,1 +1,1 @@
-from pallas_kernels.grouped_matmul.op import dgrad, matmul, weight_gradient  # noqa: F401
+from pallas_kernels.grouped_matmul.op import dgrad, matmul, matmul_swiglu, weight_gradient  # noqa: F401

@@ -5,6 +5,8 @@ tile of 256 rows, or have tiles of 128 in turn: the ring of stages is one all th
 An operand lies 'k' (its rows hold the reduction) or 'mn' (its columns do); wgmma in bf16 reads either, so dgrad and weight
 gradient need no transposed copies. The persistent grid walks the row tiles of a table made on the device
 (`grouped_matmul.table`). With `interpret` Pallas barriers and copies stand in for those of `pallas_kernels.hopper`.
+
+SwiGLU in the epilogue: a tile's 128 columns are then 64 of gate and the same 64 of up, so a thread holds both of a pair.
 """
 import functools
 
@@ -15,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.grouped_matmul import table, tiles, tuned
+from pallas_kernels.grouped_matmul import epilogue, table, tiles, tuned
 from pallas_kernels.grouped_matmul.tuned import INTERPRET, Tuning
 from pallas_kernels.quantize.reference import ceil_div, pad
 
@@ -29,26 +31,29 @@ def tiled(columns: int) -> tuple:
     return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)
 
 
-@functools.partial(jax.jit, static_argnames=("major", "n", "b_stride", "out_shape", "tuning", "interpret"))  # one compile a shape
+# one compile a shape
+@functools.partial(jax.jit, static_argnames=("major", "n", "b_stride", "out_shape", "tuning", "swiglu", "interpret"))
 def gemm(
     a: jax.Array, b: jax.Array, row_tiles: tuple[jax.Array, jax.Array], *, major: tuple[str, str], n: int,
     b_stride: int, out_shape: jax.ShapeDtypeStruct, tuning: Tuning, accumulate: jax.Array | None = None,
-    offset: jax.Array | None = None, interpret: bool = False,
-) -> jax.Array:
+    offset: jax.Array | None = None, swiglu: bool = False, interpret: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """a [rows, K] or ('mn') [K, rows]; b [groups * b_stride, K] or [groups * b_stride, n] -> out_shape [rows, n].
 
-    Group g of B starts at row g * b_stride; `accumulate` float32 is added in place, `offset` f32 [1] to every element.
+    Group g of B starts at row g * b_stride; `accumulate` float32 is added in place, `offset` f32 [1] to every element. With
+    `swiglu` the n rows of a group of B are gate and up, n / 2 each (a multiple of 64), and silu(gate) * up [rows, n / 2] comes too.
     """
-    c, (_, columns), itemsize = tuning, out_shape.shape, out_shape.dtype.itemsize
+    c, (n_rows, columns), itemsize = tuning, out_shape.shape, out_shape.dtype.itemsize
     S, cluster, chunk, add = c.stages, c.cluster, 128 // out_shape.dtype.itemsize, accumulate is not None
     n_groups = ceil_div(ceil_div(n, c.tile_n), cluster)
     grid = c.sms // cluster
     a_block = (c.parts, 128, STEP) if major[0] == "k" else (c.parts, STEP, 128)
     b_block = (c.tile_n, STEP) if major[1] == "k" else (STEP, c.tile_n)
+    half_n, width = n // 2, c.tile_n // 2 if swiglu else c.tile_n  # width: columns of D from a tile to the next
 
     def body(a_gmem, b_gmem, count_gmem, tiles_gmem, *refs):
         offset_gmem, *refs = refs if offset is not None else (None, *refs)
-        d_gmem, a_smem, b_smem, d_smem, full, empty = refs
+        d_gmem, *hidden_gmem, a_smem, b_smem, d_smem, full, empty = refs
         wg, block = lax.axis_index("wg"), lax.axis_index("grid")
         rank = lax.axis_index("cluster") if cluster > 1 else 0
 
@@ -65,7 +70,11 @@ def gemm(
             def uniform(x):
                 return x
 
-            def store_tile(wg, buffer, at, col, valid):  # any number of rows, by powers of two
+            def silu_times(gate, up):
+                gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+                return (jax.nn.silu(gate) * up).astype(out_shape.dtype)
+
+            def store_tile(d_gmem, wg, buffer, at, col, valid):  # any number of rows, by powers of two
                 done = jnp.int32(0)
                 for rows in (64, 32, 16, 8, 4, 2, 1):
                     now = jnp.minimum(valid, 64) & rows
@@ -79,15 +88,18 @@ def gemm(
         else:
             inline(hopper.init_barriers(S, c.parts, cluster), (REF,))(full)
             staged = plgpu.RefType(tiled(STEP))
-            raw_load = inline(hopper.produce_bf16(S, c.parts, c.tile_n, cluster, major), (REF, REF, staged, staged, REF)
-                              + (SCALAR,) * 6)
+            raw_load = inline(hopper.produce_bf16(S, c.parts, c.tile_n, cluster, major, half_n if swiglu else None),
+                              (REF, REF, staged, staged, REF) + (SCALAR,) * 6)
             raw_wait = inline(hopper.wait_full, (REF, SCALAR, SCALAR))
             raw_release = inline(hopper.release(S, cluster), (REF, SCALAR))
             uniform = inline(hopper.uniform, (SCALAR,), plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR))
             raw_store = [inline(hopper.store_tile(chunk, itemsize, buffer, add),
                                 (plgpu.RefType(tiled(chunk)), REF) + (SCALAR,) * 3) for buffer in range(c.buffers)]
-            store_rows = inline(hopper.store_rows(columns, itemsize, add), (plgpu.Layout.WGMMA, REF) + (SCALAR,) * 4)
+            raw_rows = {n_cols: inline(hopper.store_rows(n_cols, itemsize, add), (plgpu.Layout.WGMMA, REF) + (SCALAR,) * 4)
+                        for n_cols in (columns, half_n)}
 
+            silu_times = inline(epilogue.swiglu, (plgpu.Layout.WGMMA,) * 2,
+                                plgpu.ShapeDtypeStruct((64, chunk), out_shape.dtype, layout=plgpu.Layout.WGMMA))
             take_turn, give_turn = (inline(f, (SCALAR,)) for f in (hopper.take_turn, hopper.give_turn))
 
             def wait_full(slot, parity):
@@ -96,7 +108,7 @@ def gemm(
             def release(slot):
                 raw_release(full, slot)
 
-            def store_tile(wg, buffer, at, col, valid):
+            def store_tile(d_gmem, wg, buffer, at, col, valid):
                 raw_store[buffer](d_smem, d_gmem, wg, at, col)
 
         m_tiles = uniform(count_gmem[0])
@@ -107,7 +119,10 @@ def gemm(
             """Column of this block's i-th tile, and its FIELDS under way from memory."""
             col, m = hopper.walk(block + i * grid, n_groups, m_tiles, c.group)
             m = jnp.minimum(m, tiles_gmem.shape[1] - 1)  # of one past the last, too
-            return (col * cluster + rank) * c.tile_n, tuple(tiles_gmem[j, m] for j in range(len(tiles.FIELDS)))
+            col = (col * cluster + rank) * width
+            if swiglu and half_n % (width * cluster):  # the second block of the last cluster does the last columns once more
+                col = jnp.minimum(col, half_n - width)
+            return col, tuple(tiles_gmem[j, m] for j in range(len(tiles.FIELDS)))
 
         def each_tile(work, first, step, carry):
             """carry = work(i, carry, column, *FIELDS) for tiles first, first + step, ... of this block; the next FIELDS come meanwhile."""
@@ -139,9 +154,11 @@ def gemm(
                         plgpu.copy_gmem_to_smem(a_gmem.at[(rows, ks) if major[0] == "k" else (ks, rows)],
                                                 a_smem.at[slot, part], full.at[slot])
                     first = group * b_stride
-                    where = ((pl.ds(first + col, c.tile_n), pl.ds(k, STEP)) if major[1] == "k" else
-                             (pl.ds(first + k, STEP), pl.ds(col, c.tile_n)))
-                    plgpu.copy_gmem_to_smem(b_gmem.at[where], b_smem.at[slot], full.at[slot])
+                    for i in range(c.tile_n // width):  # gate and up lie apart
+                        where = ((pl.ds(first + col + i * half_n, width), pl.ds(k, STEP)) if major[1] == "k" else
+                                 (pl.ds(first + k, STEP), pl.ds(col, c.tile_n)))
+                        to = b_smem.at[slot, pl.ds(i * width, width)] if swiglu else b_smem.at[slot]
+                        plgpu.copy_gmem_to_smem(b_gmem.at[where], to, full.at[slot])
                     return *advance(slot, parity), step + 1
 
                 return lax.fori_loop(0, k_blocks, per_block, carry)
@@ -182,22 +199,33 @@ def gemm(
                     out = (total if offset is None else total + offset_gmem[0]).astype(out_shape.dtype)
                     for half in range(2):
                         below = part * 128 + half * 64
-                        store(out[half * 64:(half + 1) * 64], row + below, rows - below)
+                        store(out[half * 64:(half + 1) * 64], half, row + below, rows - below)
                     return slot, parity
 
-                def store(out, at, valid):
+                def store(out, half, at, valid):
+                    pieces = [(out[:, e:e + chunk], d_gmem, col + e) for e in range(0, c.tile_n, chunk)]
+                    if swiglu:
+                        (gate, _, _), (up, _, _) = pieces
+                        pieces = [(gate, d_gmem, col), (up, d_gmem, half_n + col), (silu_times(gate, up), *hidden_gmem, col)]
+
                     def whole():
-                        for e in range(0, c.tile_n, chunk):  # round the buffers: only the oldest store must have left its own
-                            buffer = e // chunk % c.buffers
+                        for i, (piece, to, column) in enumerate(pieces, half * len(pieces)):
+                            buffer = i % c.buffers  # round the buffers: only the oldest store must have left its own
                             plgpu.wait_smem_to_gmem(c.buffers - 1, wait_read_only=True)
-                            d_smem[wg, buffer] = out[:, e:e + chunk]
+                            d_smem[wg, buffer] = piece
                             plgpu.commit_smem()
-                            store_tile(wg, buffer, at, col + e, valid)
+                            store_tile(to, wg, buffer, at, column, valid)
+
+                    def some():
+                        if len(pieces) % c.buffers:  # the round stops here: the next tile begins with the first buffer
+                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        for piece, to, column in pieces if swiglu else [(out, d_gmem, col)]:
+                            raw_rows[to.shape[1]](piece, to, at, column, 0, valid)
 
                     if interpret:
                         pl.when(valid > 0)(whole)
                     else:
-                        lax.cond(valid >= 64, whole, lambda: store_rows(out, d_gmem, at, col, 0, valid))
+                        lax.cond(valid >= 64, whole, some)
 
                 def idle():
                     def per_block(k, carry):
@@ -228,8 +256,9 @@ def gemm(
         if cluster > 1:
             inline(lambda ctx: hopper.cluster_sync(cluster), ())()
 
-    barriers = ((plgpu.Barrier(num_arrivals=c.parts + 1, num_barriers=S), plgpu.Barrier(num_arrivals=c.parts, num_barriers=S))
-                if interpret else (plgpu.SMEM((4 * S,), jnp.int32), plgpu.SMEM((8,), jnp.int32)))
+    copies = c.parts + c.tile_n // width
+    barriers = ((plgpu.Barrier(num_arrivals=copies, num_barriers=S), plgpu.Barrier(num_arrivals=c.parts, num_barriers=S)) if interpret else
+                (plgpu.SMEM((4 * S,), jnp.int32), plgpu.SMEM((8,), jnp.int32)))
     scratch = (
         plgpu.SMEM((S, *a_block), jnp.bfloat16, transforms=tiled(STEP)),
         plgpu.SMEM((S, *b_block), jnp.bfloat16, transforms=tiled(STEP)),
@@ -237,13 +266,17 @@ def gemm(
         *barriers,
     )
     operands = (a, b, *row_tiles, *(() if offset is None else (offset,)))
-    return hopper.launch(body, operands, out_shape, scratch, name="grouped_matmul", grid=grid, cluster=cluster,
+    out_shapes = (out_shape, jax.ShapeDtypeStruct((n_rows, half_n), out_shape.dtype)) if swiglu else out_shape
+    return hopper.launch(body, operands, out_shapes, scratch, name="grouped_matmul", grid=grid, cluster=cluster,
                          warpgroups=3, accumulate=accumulate, interpret=interpret)
 
 
-def by_rows(rows: jax.Array, w: jax.Array, group_sizes: jax.Array, contract: int, interpret: bool) -> jax.Array:
+def by_rows(
+    rows: jax.Array, w: jax.Array, group_sizes: jax.Array, contract: int, interpret: bool, swiglu: bool = False
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """rows [M, K] with w [G, N, K]: contract 2 gives rows w^T [M, N], contract 1 rows [M, N] w -> [M, K].
 
+    With `swiglu` (contract 2, N / 2 a multiple of 64) rows w^T is gate and up, and silu(gate) * up [M, N / 2] comes too.
     TMA wants rows of 16 bytes and, of an 'mn' operand, tiles of 8 x 64; interpret mode no reads out of bounds."""
     M, reduced, n = rows.shape[0], w.shape[contract], w.shape[3 - contract]
     multiple = 128 if interpret else 64
@@ -254,8 +287,8 @@ def by_rows(rows: jax.Array, w: jax.Array, group_sizes: jax.Array, contract: int
     columns = n + -n % (128 if interpret else 8)
     out = gemm(rows, w.reshape(-1, w.shape[2]), row_tiles, major=("k", "k" if contract == 2 else "mn"), n=n,
                b_stride=w.shape[1], out_shape=jax.ShapeDtypeStruct((rows.shape[0], columns), rows.dtype),
-               tuning=shape, interpret=interpret)
-    return out[:M, :n]
+               tuning=shape, swiglu=swiglu, interpret=interpret)
+    return tuple(x[:M] for x in out) if swiglu else out[:M, :n]
 
 
 def weight_gradient(
