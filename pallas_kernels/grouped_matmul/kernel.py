@@ -118,7 +118,7 @@ def gemm(
         def tile(i):
             """Column of this block's i-th tile, and its FIELDS under way from memory."""
             col, m = hopper.walk(block + i * grid, n_groups, m_tiles, c.group)
-            m = jnp.minimum(m, tiles_gmem.shape[1] - 1)  # of one past the last, too
+            m = jnp.clip(m, 0, tiles_gmem.shape[1] - 1)  # of tiles past the last, too, where the walk may lead anywhere
             col = (col * cluster + rank) * width
             if swiglu and half_n % (width * cluster):  # the second block of the last cluster does the last columns once more
                 col = jnp.minimum(col, half_n - width)
