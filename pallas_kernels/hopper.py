@@ -19,7 +19,7 @@ from jax.experimental.mosaic.gpu import launch_context as lc
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, math, memref, nvvm, vector
+from jaxlib.mlir.dialects import arith, gpu, llvm, math, memref, nvvm, scf, vector
 
 BLOCK_K = 128  # columns of A and B per scale, and bytes per row of a stage
 TURN = 8  # named barriers of turns; the first ones are Mosaic's, one a warpgroup
@@ -416,6 +416,26 @@ def store_rows(n_cols, itemsize, add):
                     write = f"mov.b64 {{x, y}}, $1;\n@p red.global.add.f32 [$0+{to}], x;\n@p red.global.add.f32 [$0+{to + 4}], y;"
                 _void(f"{{\n.reg .pred p;\n.reg .f32 x, y;\nsetp.gt.s32 p, $2, {8 * group};\n{write}\n}}",
                       [address, llvm.bitcast(register, pair), columns], f"l,{'r' if itemsize == 2 else 'l'},r,~{{memory}}")
+
+    return body
+
+
+def zero_rows(tile_n, n_cols, itemsize):
+    """Zeros in rows `first` to `stop` of D's columns from col on, of a tile that nothing is computed for; by a whole warpgroup."""
+    pieces = tile_n * itemsize // 16  # of a row
+
+    def body(ctx, d_gmem, first, stop, col):
+        i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
+        first, stop, col = map(_scalar, (first, stop, col))
+        thread = arith.remui(utils.thread_idx(), _i32(128))
+        at = arith.addi(col, arith.muli(arith.remui(thread, _i32(pieces)), _i32(16 // itemsize)))
+        with utils.when(arith.cmpi(arith.CmpIPredicate.slt, at, _i32(n_cols))):
+            rows = scf.ForOp(arith.addi(first, arith.divui(thread, _i32(pieces))), stop, _i32(128 // pieces))
+            with ir.InsertionPoint(rows.body):
+                element = arith.addi(arith.muli(arith.extsi(i64, rows.induction_variable), _i64(n_cols)), arith.extsi(i64, at))
+                address = arith.addi(llvm.ptrtoint(i64, utils.memref_ptr(d_gmem)), arith.muli(element, _i64(itemsize)))
+                _void("st.global.v4.b32 [$0], {$1, $1, $1, $1};", [address, _i32(0)], "l,r,~{memory}")
+                scf.yield_([])
 
     return body
 

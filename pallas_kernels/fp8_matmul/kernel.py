@@ -12,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
@@ -51,6 +52,7 @@ def gemm(
     kept = promotion // BLOCK_K  # K blocks that stay in the tensor core's accumulator
     tile_k = all_k // c.splits  # K blocks of a tile of a dense product
     constant_slots = c.unroll == S and tile_k % S == 0 and (dense or not row_scales)  # every tile starts at stage 0
+    idle_tiles = not dense and not row_scales  # tiles of no product are the producer's: it has time, and no other's zeros wait for them
     grid = c.sms // cluster
     if dense:
         total = ceil_div(M, c.tile_m) * c.splits * n_groups
@@ -90,6 +92,7 @@ def gemm(
                              (plgpu.RefType(out_tile), REF) + (SCALAR,) * 3) for buffer in range(buffers)]
         store_rows = inline(hopper.store_rows(N, itemsize, add),
                             (plgpu.Layout.WGMMA, REF) + (SCALAR,) * 4)
+        zero_rows = inline(hopper.zero_rows(c.tile_n, N, itemsize), (REF,) + (SCALAR,) * 3)
 
         m_tiles = ceil_div(M, c.tile_m) * c.splits if dense else uniform(count_gmem[0])
         total = m_tiles * n_groups
@@ -130,7 +133,9 @@ def gemm(
                 plgpu.set_max_registers(c.producer_registers, action="decrease")
 
             def per_tile(i, carry):
-                col, row, _, _, _, group, first_k, k_blocks = tile(i)
+                col, row, d_row, rows, skip, group, first_k, k_blocks = tile(i)
+                if idle_tiles:
+                    pl.when(k_blocks == 0)(lambda: zero_rows(d_gmem, d_row + skip, d_row + rows, col * c.tile_n))
 
                 def per_block(k, carry):
                     load(a_gmem, b_gmem, sa_gmem, sb_gmem, a_smem, b_smem, sa_smem, sb_smem, bars, *carry,
@@ -248,6 +253,7 @@ def gemm(
                         return advance(*carry)
                     return lax.fori_loop(0, k_blocks, per_block, carry)
 
+                rows = jnp.where(k_blocks > 0, rows, 0) if idle_tiles else rows
                 return compute() if dense else lax.cond(wg * waves * 64 < rows, compute, idle)
 
             lax.fori_loop(0, mine, per_tile, start)
