@@ -224,7 +224,7 @@ def latent_heads(module: nn.Module, a: MLA, x_BTD, layout: Layout, cache, tape):
 
 
 def _latents(x_BTD, weights, norms, run, tape):
-    """By weights and norms of (q_down, kv_down): c^Q [B, T, Q] and c^KV [B, T, C], both normalised, and k^R [B, T, R] before its rotation."""
+    """By weights and norms of (q_down, kv_down): c^Q [B, T, Q] and c^KV [B, T, C], normalised, and k^R [B, T, R] before its rotation."""
     sites = "mla/q_down", "mla/kv_down"
     if precision.joins(weights, run, tape):
         return split_rms_norm(precision.joint_linear(x_BTD, weights, run, sites[0]), norms, LATENT_EPS)

@@ -1,4 +1,4 @@
-"""Which matmul runs how (V3 §3.3): `prepare`, `linear`, `joins` and `joint_linear`, `grouped_linear`, `grouped_gate_up`, `weight_gradient`, `raw`.
+"""Which matmul runs how (V3 §3.3): `prepare`, `linear`, `joint_linear`, `grouped_linear`, `grouped_gate_up`, `weight_gradient`, `raw`.
 
 Weights are stored [N, K] (outputs, inputs), FP32 masters; a pair of weights of one input is [2, N, K]; experts lead with E. A
 product is x W^T. `prepare` makes, once an optimizer step, the low-precision copy each product reads; gradients reach the master.

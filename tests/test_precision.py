@@ -123,10 +123,10 @@ def test_two_products_of_one_input_are_one_with_a_single_input_gradient_where_th
     def joint(x, masters):
         return precision.joint_linear(x, [w._replace(master=m) for w, m in zip(prepared, masters, strict=True)], run, "a")
 
-    y, pull = jax.vjp(joint, x, masters)
+    joined, pull = jax.vjp(joint, x, masters)
     dx, dws = pull(jnp.concatenate(dys, axis=1))
     alone = [backward(x, w, dy, run, site) for w, dy, site in zip(prepared, dys, "ab", strict=True)]
-    for y, dw, (want_y, _, want_dw) in zip(jnp.split(y, [first], axis=1), dws, alone, strict=True):
+    for y, dw, (want_y, _, want_dw) in zip(jnp.split(joined, [first], axis=1), dws, alone, strict=True):
         assert error(y, np.asarray(want_y, np.float64)) < 1e-3
         assert error(dw, np.asarray(want_dw, np.float64)) < 1e-6
     a, b = (np.asarray(one[1], np.float64) for one in alone)

@@ -1,18 +1,19 @@
-r"""RMSNorm of MLA's latents (V3 §2.1.1, eq. 1-11), which lie side by side in the rows of one down projection, and its gradient.
+"""RMSNorm of MLA's latents (V3 §2.1.1, eq. 1-11), which lie side by side in the rows of one down projection, and its gradient.
 
 y = [c^Q | c^KV | k^R], or [c^KV | k^R]: each cut but the last, the rest, has a scale and is normed by itself.
 
 | function | what | bytes |
 |---|---|---|
-| `latent_norm` | normed = x / sqrt(mean(x^2) + eps) * scale of every cut x | 2 of the cuts |
-| `latent_norm_backward` | d_y = [r (g' - n mean(g' n)) .. \| g of the rest], d_scale = sum of g n over the rows | 3 of the cuts, 2 of the rest |
+| `latent_norm` | normed = x / sqrt(mean(x^2) + eps) * scale, of each cut x | 2 of the cuts |
+| `latent_norm_backward` | dx = r (g' - n mean(g' n)), d_scale = sum of g n over the rows; g of the rest | 3 of the cuts, 2 of the rest |
 
-with r = 1 / sqrt(mean(x^2) + eps), n = x r, g' = g scale. No cut is copied out of y, no gradient into d_y. No VJP: `model/norm.py` has it.
+with r = 1 / sqrt(mean(x^2) + eps), n = x r, g' = g scale. Cuts are read where they lie in y, and their gradients written where they
+lie in d_y. No VJP: `model/norm.py` has it.
 
-The kernel takes rows of bfloat16, float16 or float32 whose cuts are multiples of 16 bytes, those with a scale of up to 2,048 columns together
-(each rounded up to 512 bytes), the rest up to 512 bytes, with float32 scales. Other dtypes and widths, and no rows, take the
-reference. Both compute in float32 (the reference float64 for float64) and round once. Tolerance: the order of additions and the last bit
-of a reciprocal root, then one rounding. The same bits each time.
+The kernel takes rows of bfloat16, float16 or float32 whose cuts are multiples of 16 bytes, those with a scale of up to 2,048 columns
+together (each rounded up to 512 bytes), the rest up to 512 bytes, with float32 scales. Other dtypes and widths, and no rows, take the
+reference. Both compute in float32 (the reference float64 for float64) and round once. Tolerance: the order of additions and the last
+bit of a reciprocal root, then one rounding. The same bits each time.
 """
 import itertools
 
