@@ -110,7 +110,7 @@ KERNELS = {
            (S((m, sum(cuts)), dtype), tuple(S((d,), F32) for d in cuts[:-1]), *gradients(m, cuts, dtype)))
        for way, op, gradients in (("", latent_norm, lambda m, cuts, dtype: ()), (" backward", latent_norm_backward, latent_gradients))
        for name, m, cuts, dtype in (("700m", 16384, (512, 256, 32), BF16), ("V3", 16384, (1536, 512, 64), BF16),
-                                    ("V3 in float32", 1003, (1536, 512, 64), F32), ("V2-Lite", 4096, (512, 64), BF16))},
+                                    ("V3 in float32", 4096, (1536, 512, 64), F32), ("V2-Lite", 4096, (512, 64), BF16))},
     **{f"cross entropy, {name}": (functools.partial(op, implementation="kernel"), (S((*rows, v), dtype), *(S(rows, t) for t in of_rows)))
        for op, of_rows, way in ((log_sum_exp, (), "log Z"), (log_probability_backward, (I32, F32, F32), "backward"))
        for name, rows, v, dtype in ((way, (8, 2048), 32768, BF16), (f"{way}, ragged", (4096,), 129280, BF16),
