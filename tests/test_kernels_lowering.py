@@ -244,6 +244,8 @@ def test_kernels_lower_inside_shard_map_and_vmap(hopper):
     assert "mosaic_gpu" in rows_of_many.lower(lowering_platforms=("cuda",)).as_text()
     norms_of_many = jax.jit(jax.vmap(lambda x, s: rms_norm(x, s, 1e-6))).trace(S((3, 256, 256), BF16), S((3, 256), F32))
     assert "mosaic_gpu" in norms_of_many.lower(lowering_platforms=("cuda",)).as_text()
+    latents_of_many = jax.jit(jax.vmap(lambda y, s: latent_norm(y, (s,), 1e-6))).trace(S((3, 256, 256), BF16), S((3, 128), F32))
+    assert "mosaic_gpu" in latents_of_many.lower(lowering_platforms=("cuda",)).as_text()
     log_z_of_many = jax.jit(jax.vmap(log_sum_exp)).trace(S((3, 256, 256), BF16))
     assert "mosaic_gpu" in log_z_of_many.lower(lowering_platforms=("cuda",)).as_text()
     tables_of_many = jax.jit(jax.vmap(lambda sizes: table.gradient_tiles(sizes, 256, 128, 64))).trace(S((3, 8), I32))

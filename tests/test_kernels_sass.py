@@ -80,7 +80,8 @@ def test_a_norm_of_latents_copies_by_16_bytes_ahead_of_its_use_and_loads_scales_
     assert kernel.registers * kernel.threads <= LAUNCH and kernel.spilled == 0 and not kernel.warnings
     copies, loads = re.findall(r"LDGSTS\S*", kernel.sass), [m.start() for m in re.finditer(r"\bLDG\.", kernel.sass)]
     assert all("128" in copy for copy in copies) and not re.search(r"\bLDL\b|STL", kernel.sass)
-    assert len(loads) == (16 if "V3" in name else 6 if "700m" in name else 4) and loads[-1] < kernel.sass.index("LDS.128")  # four columns each
+    assert len(loads) == (16 if "V3" in name else 6 if "700m" in name else 4)  # of four columns each
+    assert loads[-1] < kernel.sass.index("LDS.128")
 
 
 @pytest.mark.parametrize("name", [n for n in KERNELS if n.startswith("cross entropy")])
