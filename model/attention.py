@@ -22,7 +22,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from model import block_attention, precision
 from model.dtypes import at_least_f32
 from model.errors import freeze, require
-from model.norm import norm_param, rms_norm
+from model.norm import norm_param, rms_norm, split_rms_norm
 from model.rope import rotate, rotate_tail
 from model.sharding import constrain, normal, param
 
@@ -191,20 +191,21 @@ def latent_heads(module: nn.Module, a: MLA, x_BTD, layout: Layout, cache, tape):
     w_kv_down = param(module, "kv_down", (a.kv_lora_rank + a.qk_rope_head_dim, D), ("kv_lora", "embed"), init)
     if a.q_lora_rank:
         w_q_down = param(module, "q_down", (a.q_lora_rank, D), ("q_lora", "embed"), init)
-        c_q, down = precision.joint_linear(x_BTD, (w_q_down, w_kv_down), run, ("mla/q_down", "mla/kv_down"), tape)
         q_norm = norm_param(module, "q_norm", a.q_lora_rank, "q_lora")
         w_q_up = param(module, "q_up", (q_width, a.q_lora_rank), ("heads", "q_lora"), init)
-        c_q = tape.probe("mla", "c_q", rms_norm(c_q, q_norm, LATENT_EPS))
-        q = precision.linear(c_q, w_q_up, run, "mla/q_up", tape)
     else:
-        down = precision.linear(x_BTD, w_kv_down, run, "mla/kv_down", tape)
-        q = precision.linear(x_BTD, param(module, "q", (q_width, D), ("heads", "embed"), init), run, "mla/q", tape)
-    q_BTHK = rotate_tail(q.reshape(B, T, a.n_heads, a.qk_head_dim), layout.rotation)
-
+        w_q = param(module, "q", (q_width, D), ("heads", "embed"), init)
     kv_norm = norm_param(module, "kv_norm", a.kv_lora_rank, "kv_lora")
     w_kv_up = param(module, "kv_up", (kv_width, a.kv_lora_rank), ("heads", "kv_lora"), init)
-    c, k_rope = jnp.split(down, [a.kv_lora_rank], axis=-1)  # its gradient is one concatenation, that of two slices a sum of padded arrays
-    c = tape.probe("mla", "c_kv", rms_norm(c, kv_norm, LATENT_EPS))
+
+    if a.q_lora_rank:
+        c_q, c, k_rope = _latents(x_BTD, (w_q_down, w_kv_down), (q_norm, kv_norm), run, tape)
+        q = precision.linear(tape.probe("mla", "c_q", c_q), w_q_up, run, "mla/q_up", tape)
+    else:
+        c, k_rope = split_rms_norm(precision.linear(x_BTD, w_kv_down, run, "mla/kv_down", tape), (kv_norm,), LATENT_EPS)
+        q = precision.linear(x_BTD, w_q, run, "mla/q", tape)
+    q_BTHK = rotate_tail(q.reshape(B, T, a.n_heads, a.qk_head_dim), layout.rotation)
+    c = tape.probe("mla", "c_kv", c)
     k_rope = rotate(k_rope[:, :, None], layout.rotation)[:, :, 0]
     if cache is not None:
         cache, held = append(cache, {"c": c, "k_rope": k_rope}, layout.write)
@@ -220,6 +221,15 @@ def latent_heads(module: nn.Module, a: MLA, x_BTD, layout: Layout, cache, tape):
         k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], a.qk_rope_head_dim))], axis=-1)
         out = core(q_BTHK, k, v, layout, scale, run)
     return tape.probe("mla", "core", out).reshape(B, T, a.n_heads * a.v_head_dim), cache
+
+
+def _latents(x_BTD, weights, norms, run, tape):
+    """By weights and norms of (q_down, kv_down): c^Q [B, T, Q] and c^KV [B, T, C], normalised, and k^R [B, T, R] before its rotation."""
+    sites = "mla/q_down", "mla/kv_down"
+    if precision.joins(weights, run, tape):
+        return split_rms_norm(precision.joint_linear(x_BTD, weights, run, sites[0]), norms, LATENT_EPS)
+    c_q, down = (precision.linear(x_BTD, w, run, site, tape) for w, site in zip(weights, sites, strict=True))
+    return rms_norm(c_q, norms[0], LATENT_EPS), *split_rms_norm(down, norms[1:], LATENT_EPS)
 
 
 class GroupedQueryAttention(nn.Module):

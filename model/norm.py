@@ -1,13 +1,15 @@
-"""RMSNorm (V3 §2.1, Zhang & Sennrich 1910.07467), computed in at least float32; that of the residual stream by our kernel on Hopper."""
+"""RMSNorm (V3 §2.1, Zhang & Sennrich 1910.07467), computed in at least float32; by our kernels on Hopper that of the residual stream,
+and those of MLA's latents side by side in one array."""
 import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from model.dtypes import at_least_f32
 from model.sharding import by_rows, constrain, param, row_shards
-from pallas_kernels import norm
+from pallas_kernels import latent_norm, norm
 
 RESIDUAL = ("batch", "seq", "embed_activation")
 
@@ -27,9 +29,7 @@ def add_rms_norm(x, delta, scale, eps: float):
     """
     streams = (x,) if delta is None else (x, delta)
     if _takes_kernel(streams, scale):
-        axes = jax.typeof(x).manual_axis_type.varying - jax.typeof(scale).manual_axis_type.varying
-        scale = jax.lax.pcast(scale, tuple(sorted(axes)), to="varying") if axes else scale  # whose gradient is the sum over shards
-        return fused(streams, scale, eps)
+        return fused(streams, _varying(scale, x), eps)
     total = x if delta is None else constrain(x + delta, RESIDUAL)
     return total, rms_norm(total, scale, eps)
 
@@ -39,6 +39,12 @@ def _takes_kernel(streams, scale) -> bool:
     x = streams[0]
     alike = all((y.shape, y.dtype) == (x.shape, x.dtype) for y in streams)
     return alike and x.shape[0] % row_shards() == 0 and norm.takes_kernel(jax.eval_shape(_flat, x), scale)
+
+
+def _varying(scale, x):
+    """scale, whose gradient inside somebody else's shard_map is the sum over the shards that x varies over."""
+    axes = jax.typeof(x).manual_axis_type.varying - jax.typeof(scale).manual_axis_type.varying
+    return jax.lax.pcast(scale, tuple(sorted(axes)), to="varying") if axes else scale
 
 
 def _flat(x):
@@ -72,6 +78,42 @@ def _backward(eps, residuals, gradients):
 
 
 fused.defvjp(_forward, _backward)
+
+
+def split_rms_norm(y, scales, eps: float):
+    """y [B, T, D1 + D2 + ... + R], scales [D1], [D2], ... -> rms_norm of the columns of each, and the columns left [B, T, R]."""
+    if y.shape[0] % row_shards() == 0 and latent_norm.takes_kernel(jax.eval_shape(_flat, y), scales):
+        return fused_split(y, tuple(_varying(scale, y) for scale in scales), eps)
+    *latents, rest = jnp.split(y, _ends(scales), axis=-1)  # its gradient is one concatenation, that of slices a sum of padded arrays
+    return *(rms_norm(x, scale, eps) for x, scale in zip(latents, scales, strict=True)), rest
+
+
+def _ends(scales):
+    return np.cumsum([len(scale) for scale in scales])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def fused_split(y, scales, eps):
+    """`split_rms_norm` by the kernel, whose backward writes the gradient of y as one array."""
+    def local(y, *scales):
+        return tuple(out.reshape(*y.shape[:-1], -1) for out in latent_norm.latent_norm(_flat(y), scales, eps))
+
+    return *by_rows(local, y, whole=scales), y[..., _ends(scales)[-1]:]
+
+
+def _split_backward(eps, residuals, gradients):
+    y, scales = residuals
+
+    def local(y, *others):
+        *gs, g_rest = map(_flat, others[:len(gradients)])
+        d_y, d_scales = latent_norm.latent_norm_backward(_flat(y), others[len(gradients):], tuple(gs), g_rest, eps)
+        return d_y.reshape(y.shape), tuple(d_scale[None] for d_scale in d_scales)
+
+    d_y, d_scales = by_rows(local, y, *gradients, whole=scales)
+    return d_y, tuple(jnp.sum(d, axis=0).astype(scale.dtype) for d, scale in zip(d_scales, scales, strict=True))  # over the shards
+
+
+fused_split.defvjp(lambda y, scales, eps: (fused_split(y, scales, eps), (y, scales)), _split_backward)
 
 
 def norm_param(module: nn.Module, name: str, width: int, axis: str = "embed"):

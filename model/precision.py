@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from model import block_matmul, delayed_scaling, fp8_linear
 from model import tape as tapes
@@ -166,21 +165,19 @@ def linear(x, w, run, site: str, tape: tapes.LayerTape | None = None, *, gate_up
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def joint_linear(x, ws, run, sites, tape: tapes.LayerTape | None = None):
-    """x [..., K] times each of ws [N, K]^T -> [..., N] of each: low-precision copies of training are one product, whose input gradient is
-    then one as well, where two would be written and added. One by one: weights as stored, a tape's (it knows sites), and FP8 weights whose
-    blocks another would break into."""
-    if not _joins(ws, run, tape):
-        return tuple(linear(x, w, run, site, tape) for w, site in zip(ws, sites, strict=True))
-    y = linear(x, _join(ws), run, sites[0])
-    return tuple(jnp.split(y, np.cumsum([w.master.shape[0] for w in ws[:-1]]), axis=-1))
-
-
-def _joins(ws, run, tape) -> bool:
+def joins(ws, run, tape: tapes.LayerTape | None = None) -> bool:
+    """Whether `joint_linear` takes these weights: low-precision copies of training. Not weights as stored, a tape's (it knows sites), and
+    FP8 weights whose blocks another would break into."""
     recipe = run.precision.recipe
     if tape is not None and tape.tape is not None or not all(is_weight(w) and w.master is not None for w in ws):
         return False
     return recipe is None or not recipe.tensor and all(w.master.shape[0] % 128 == 0 for w in ws[:-1])
+
+
+def joint_linear(x, ws, run, site: str):
+    """x [..., K] times all of ws [N1, K]^T, [N2, K]^T, ... -> [..., N1 + N2 + ...] as one product, whose input gradient is then one as
+    well, where several would be written and added."""
+    return linear(x, _join(ws), run, site)
 
 
 def _join(ws) -> Weight:

@@ -22,6 +22,7 @@ import numpy as np
 from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quantize
 from pallas_kernels.cross_entropy import log_probability_backward, log_sum_exp
 from pallas_kernels.grouped_matmul.reference import swiglu
+from pallas_kernels.latent_norm import latent_norm, latent_norm_backward
 from pallas_kernels.norm import rms_norm, rms_norm_backward
 from pallas_kernels.rows import gather, gather_sum, weighted_backward
 from pallas_kernels.target import is_hopper
@@ -287,6 +288,19 @@ def norms(m: int, d: int):
         yield Case(name, f"{m} x {d}", run, operands, 0, moved, "bf16", baseline=(xla, operands))
 
 
+def latent_norms(m: int, *cuts: int):
+    """MLA's latents in rows of cuts, the last without a scale; XLA's side is the reference. Bytes: every normed cut of every operand and
+    result once, backwards the rest's gradient read and written too."""
+    y, (*gs, g_rest) = random(m, sum(cuts)), (random(m, d) for d in cuts)
+    scales, normed = tuple(jnp.ones(d) for d in cuts[:-1]), 2 * m * sum(cuts[:-1])
+    for name, run, operands, moved in (("norm of latents", latent_norm, (y, scales), 2 * normed),
+                                       ("norm of latents, backward", latent_norm_backward, (y, scales, tuple(gs), g_rest),
+                                        3 * normed + 4 * m * cuts[-1])):
+        run = functools.partial(run, eps=1e-6)
+        xla = functools.partial(run, implementation="reference")
+        yield Case(name, f"{m} x {cuts}", run, operands, 0, moved, "bf16", baseline=(xla, operands))
+
+
 def cross_entropies(m: int, v: int):
     """Logits of m tokens over a vocabulary of v; XLA's side is the reference. Bytes: the logits once, and their gradient."""
     logits = 4 * random(m, v)
@@ -303,7 +317,7 @@ def cross_entropies(m: int, v: int):
 
 OPS = {"dense": dense, "dense_gradient": dense_gradient, "grouped": grouped, "grouped_swiglu": grouped_swiglu, "masked": masked,
        "grouped_gradient": grouped_gradient, "quantisation": quantisation, "rows": moved_rows, "norm": norms,
-       "cross_entropy": cross_entropies}
+       "latent_norm": latent_norms, "cross_entropy": cross_entropies}
 
 
 def _deep_gemm(directory: str):

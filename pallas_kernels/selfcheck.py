@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quantize
 from pallas_kernels.cross_entropy import log_probability_backward, log_sum_exp
+from pallas_kernels.latent_norm import latent_norm, latent_norm_backward
 from pallas_kernels.norm import rms_norm, rms_norm_backward
 from pallas_kernels.rows import gather, gather_sum, weighted_backward
 from pallas_kernels.target import is_hopper
@@ -53,6 +54,9 @@ def _cases() -> Iterator[tuple]:
     yield "rows added, backward", weighted_backward, (x[::-1], jnp.tile(x, (2, 1))[:500], source, weights), {}
     yield "norm of a sum", rms_norm, (x, jnp.linspace(-1, 1, 384)), dict(eps=1e-6, delta=x[::-1])
     yield "norm, backward", rms_norm_backward, (x, jnp.linspace(-1, 1, 384), x[::-1], x[:, ::-1]), dict(eps=1e-6)
+    scales = jnp.linspace(-1, 1, 264), jnp.linspace(2, 1, 96)
+    yield "norm of latents", latent_norm, (x, scales), dict(eps=1e-6)
+    yield "norm of latents, backward", latent_norm_backward, (x, scales, (x[:, 120:], x[::-1, :96]), x[::-1, :24]), dict(eps=1e-6)
     log_z, targets = log_sum_exp(x, implementation="reference"), source[:400] % 384
     yield "log Z", log_sum_exp, (x,), {}
     yield "log probability, backward", log_probability_backward, (x, targets, log_z, weights[:400]), {}

@@ -13,6 +13,7 @@ import pytest
 from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quantize
 from pallas_kernels.cross_entropy import log_probability_backward, log_sum_exp
 from pallas_kernels.grouped_matmul import table, tiles
+from pallas_kernels.latent_norm import latent_norm, latent_norm_backward
 from pallas_kernels.norm import rms_norm, rms_norm_backward
 from pallas_kernels.quantize import reference
 from pallas_kernels.rows import gather, gather_sum, weighted_backward
@@ -331,6 +332,39 @@ def test_nan_stays_in_its_row_of_a_norm():
     outs = rms_norm(x, scale, 1e-6, implementation="kernel")[1], rms_norm_backward(x, scale, g, g, 1e-6, implementation="kernel")[0]
     for out in outs:
         assert jnp.flatnonzero(~jnp.isfinite(out).all(1)).tolist() == [7] and bool(jnp.isnan(out[7]).all())
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def latents_and_gradients(y, scales, gs, g_rest, implementation):
+    normed = latent_norm(y, scales, 1e-6, implementation=implementation)
+    return normed, latent_norm_backward(y, scales, gs, g_rest, 1e-6, implementation=implementation)
+
+
+@pytest.mark.parametrize("m", [1, 7, 4096, 16384])
+@pytest.mark.parametrize("cuts", [(512, 256, 32), (1536, 512, 64), (64, 32, 16), (512, 64), (72, 264, 8)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_norms_of_latents_and_their_gradients_are_those_of_float64_and_the_same_bits_twice(m, cuts, dtype):
+    y, *gs, g_rest = (random(seed, m, d).astype(dtype) for seed, d in enumerate((sum(cuts), *cuts)))
+    y, scales = y.at[m // 2 or m].set(0).at[m - 1].multiply(1e2), tuple(1 + random(d, d) / 2 for d in cuts[:-1])
+    got, again = (latents_and_gradients(y, scales, tuple(gs), g_rest, "kernel") for _ in range(2))
+    with jax.enable_x64(True):
+        exact = jax.tree.map(lambda x: x.astype(jnp.float64), (y, scales, tuple(gs), g_rest))
+        want = jax.tree.leaves(latents_and_gradients(*exact, "reference"))
+        for x, twice, w in zip(jax.tree.leaves(got), jax.tree.leaves(again), want, strict=True):
+            assert x.dtype == (jnp.float32 if x.ndim == 1 else dtype) and bool(jnp.isfinite(x).all()) and bool(jnp.array_equal(x, twice))
+            error, size = jnp.linalg.norm(x.astype(jnp.float64) - w, axis=-1), jnp.linalg.norm(w, axis=-1)  # of each row
+            assert bool((error <= (2e-6 if x.dtype == jnp.float32 else 3e-3) * size).all())
+    assert bool(jnp.array_equal(got[1][0][:, -cuts[-1]:], g_rest))
+
+
+def test_nan_in_a_latent_stays_in_its_row_and_cut():
+    y, scales = random(1, 1003, 800).astype(jnp.bfloat16).at[7, 600].set(jnp.nan), (jnp.ones(512), jnp.ones(256))
+    q, kv, rest = (jnp.ones((1003, d), jnp.bfloat16) for d in (512, 256, 32))
+    c_q, c_kv = latent_norm(y, scales, 1e-6, implementation="kernel")
+    d_y, (of_q, of_kv) = latent_norm_backward(y, scales, (q, kv), rest, 1e-6, implementation="kernel")
+    bad = jnp.zeros((1003, 800), bool).at[7, 512:768].set(True)
+    assert bool(jnp.array_equal(jnp.isnan(jnp.concatenate([c_q, c_kv, rest], axis=1)), bad)) and bool(jnp.array_equal(jnp.isnan(d_y), bad))
+    assert bool(jnp.isfinite(of_q).all()) and bool(jnp.isnan(of_kv).all())
 
 
 @functools.partial(jax.jit, static_argnames="implementation")

@@ -11,6 +11,7 @@ from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quant
 from pallas_kernels.cross_entropy import log_probability_backward, log_sum_exp
 from pallas_kernels.fp8_matmul import tuned
 from pallas_kernels.grouped_matmul import table, tiles
+from pallas_kernels.latent_norm import latent_norm, latent_norm_backward
 from pallas_kernels.norm import rms_norm, rms_norm_backward
 from pallas_kernels.rows import gather, gather_sum, weighted_backward
 
@@ -33,6 +34,10 @@ def blocks(*shape):
 
 def columns(m, k):
     return S((m, k), E4M3), S((-(-m // 128), k), F32)
+
+
+def latent_gradients(m, cuts, dtype):
+    return tuple(S((m, d), dtype) for d in cuts[:-1]), S((m, cuts[-1]), dtype)
 
 
 dense = functools.partial(fp8_matmul.matmul, implementation="kernel")
@@ -100,6 +105,12 @@ KERNELS = {
                        (S((16384, 1024), BF16), S((1024,), F32), *[S((16384, 1024), BF16)] * 2)),
     "norm, wide backward": (lambda x, s, g, d: rms_norm_backward(x, s, g, d, 1e-6, implementation="kernel"),
                             (S((4096, 7168), BF16), S((7168,), F32), *[S((4096, 7168), BF16)] * 2)),
+    **{f"latent norm{way}, {name}": (
+           functools.partial(op, eps=1e-6, implementation="kernel"),
+           (S((m, sum(cuts)), dtype), tuple(S((d,), F32) for d in cuts[:-1]), *gradients(m, cuts, dtype)))
+       for way, op, gradients in (("", latent_norm, lambda m, cuts, dtype: ()), (" backward", latent_norm_backward, latent_gradients))
+       for name, m, cuts, dtype in (("700m", 16384, (512, 256, 32), BF16), ("V3", 16384, (1536, 512, 64), BF16),
+                                    ("V3 in float32", 4096, (1536, 512, 64), F32), ("V2-Lite", 4096, (512, 64), BF16))},
     **{f"cross entropy, {name}": (functools.partial(op, implementation="kernel"), (S((*rows, v), dtype), *(S(rows, t) for t in of_rows)))
        for op, of_rows, way in ((log_sum_exp, (), "log Z"), (log_probability_backward, (I32, F32, F32), "backward"))
        for name, rows, v, dtype in ((way, (8, 2048), 32768, BF16), (f"{way}, ragged", (4096,), 129280, BF16),
@@ -233,6 +244,8 @@ def test_kernels_lower_inside_shard_map_and_vmap(hopper):
     assert "mosaic_gpu" in rows_of_many.lower(lowering_platforms=("cuda",)).as_text()
     norms_of_many = jax.jit(jax.vmap(lambda x, s: rms_norm(x, s, 1e-6))).trace(S((3, 256, 256), BF16), S((3, 256), F32))
     assert "mosaic_gpu" in norms_of_many.lower(lowering_platforms=("cuda",)).as_text()
+    latents_of_many = jax.jit(jax.vmap(lambda y, s: latent_norm(y, (s,), 1e-6))).trace(S((3, 256, 256), BF16), S((3, 128), F32))
+    assert "mosaic_gpu" in latents_of_many.lower(lowering_platforms=("cuda",)).as_text()
     log_z_of_many = jax.jit(jax.vmap(log_sum_exp)).trace(S((3, 256, 256), BF16))
     assert "mosaic_gpu" in log_z_of_many.lower(lowering_platforms=("cuda",)).as_text()
     tables_of_many = jax.jit(jax.vmap(lambda sizes: table.gradient_tiles(sizes, 256, 128, 64))).trace(S((3, 8), I32))

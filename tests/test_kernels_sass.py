@@ -74,6 +74,16 @@ def test_a_norm_copies_by_16_bytes_ahead_of_its_use_and_loads_nothing_else(compi
     assert between.count("LDGSTS") == a_turn - 1 and "DEPBAR" not in between and "FFMA" not in between
 
 
+@pytest.mark.parametrize("name", [n for n in KERNELS if n.startswith("latent norm")])
+def test_a_norm_of_latents_copies_by_16_bytes_ahead_of_its_use_and_loads_scales_before_its_loop(compiled, name):
+    (kernel,) = compiled(name)
+    assert kernel.registers * kernel.threads <= LAUNCH and kernel.spilled == 0 and not kernel.warnings
+    copies, loads = re.findall(r"LDGSTS\S*", kernel.sass), [m.start() for m in re.finditer(r"\bLDG\.", kernel.sass)]
+    assert all("128" in copy for copy in copies) and not re.search(r"\bLDL\b|STL", kernel.sass)
+    assert len(loads) == (16 if "V3" in name else 6 if "700m" in name else 4)  # of four columns each
+    assert loads[-1] < kernel.sass.index("LDS.128")
+
+
 @pytest.mark.parametrize("name", [n for n in KERNELS if n.startswith("cross entropy")])
 def test_a_cross_entropy_copies_a_turn_ahead_of_its_use_and_spends_eight_instructions_a_logit(compiled, name):
     (kernel,) = compiled(name)

@@ -124,15 +124,11 @@ class LogitEmit(Emit):
             size = arith.select(arith.andi(exists, self.inside(turn, i)), self.int(16), self.int(0))
             self.void(f"cp.async.cg.shared.global [$0 + {16 * THREADS * i}], [$1 + {SEGMENT * i}], 16, $2;", [stage, address, size],
                       "r,l,r,~{memory}")
-        self.void("cp.async.commit_group;", [], "~{memory}")
+        self.commit()
 
     def below(self, a, n: int):
         """0 <= a < n."""
         return arith.cmpi(arith.CmpIPredicate.ult, a, self.int(n))
-
-    def filled(self, ahead: int):
-        """Waits until all copies but those of the last `ahead` fills are there."""
-        self.void(f"cp.async.wait_group {ahead};", [], "~{memory}")
 
     def read(self, stage, i: int):
         """The four words of a piece. Volatile: ptxas would keep what it has read once, in registers."""

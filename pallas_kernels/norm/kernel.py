@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir.dialects import arith, llvm, math
+from jaxlib.mlir.dialects import arith, math
 
 from pallas_kernels import hopper
 from pallas_kernels.quantize.emit import Emit
@@ -136,11 +136,6 @@ class NormEmit(Emit):
         address = self.add(self.ring, self.mul(self.thread, 16), self.mul(self.rem(turn, self.job.stages), of_stage))
         return address, 16 * THREADS * ((operand * self.job.rows + n) * self.job.pieces + i)
 
-    def copy16(self, place, address, offset: int, live):
-        """Starts a copy to SMEM, of zeros unless `live`."""
-        size = arith.select(live, self.int(16), self.int(0))
-        self.void(f"cp.async.cg.shared.global [$0 + {place[1]}], [$1 + {offset}], 16, $2;", [place[0], address, size], "r,l,r,~{memory}")
-
     def fill(self, refs, turn):
         """Starts the copies of a turn's rows."""
         for operand, ref in enumerate(refs):
@@ -148,7 +143,7 @@ class NormEmit(Emit):
                 address = self.address(ref, row)
                 for i in range(self.job.pieces):
                     self.copy16(self.place(turn, operand, n, i), address, i * self.pitch, self.inside(i, exists))
-        self.void("cp.async.commit_group;", [], "~{memory}")
+        self.commit()
 
     def fill_scale(self, ref):
         """As `scale` reads it. Zeros past the last column: what lanes outside the row have is zero too, and must stay so."""
@@ -160,17 +155,7 @@ class NormEmit(Emit):
             with utils.when(self.less(four, self.job.columns // 4)):
                 at = self.pointer(ref, arith.extsi(self.i64, four), 16)
                 self.copy16((self.add(self.staged, self.mul(place, 16)), 0), at, 0, self.less(four, self.job.D // 4))
-        self.void("cp.async.commit_group;", [], "~{memory}")
-
-    def filled(self, ahead: int):
-        """Waits until all copies but those of the last `ahead` fills are there."""
-        self.void(f"cp.async.wait_group {ahead};", [], "~{memory}")
-
-    def shared16(self, address, offset: int):
-        """Four words of SMEM. Volatile: ptxas would keep what it has read once, in registers."""
-        out = self.asm(llvm.StructType.get_literal([self.i32] * 4), f"ld.volatile.shared.v4.b32 {{$0, $1, $2, $3}}, [$4 + {offset}];",
-                       [address], "=r,=r,=r,=r,r,~{memory}")
-        return [llvm.extractvalue(self.i32, out, [k]) for k in range(4)]
+        self.commit()
 
     def scale(self, i: int):
         """Of the columns of piece i: its first four of all lanes, then (rows of two bytes a column) its last four. No bank conflicts."""

@@ -79,6 +79,25 @@ class Emit:
         self.void("{\n.reg .pred p;\nsetp.ne.b32 p, $1, 0;\n" + f"@p st.global{what};\n}}",
                   [address, arith.extui(self.i32, live), *words], ",".join(["l", "r"] + ["r"] * n + ["~{memory}"]))
 
+    def copy16(self, place, address, offset: int, live):
+        """Starts a copy from GMEM at address + offset to SMEM at place (address, offset), of zeros unless `live`."""
+        size = arith.select(live, self.int(16), self.int(0))
+        self.void(f"cp.async.cg.shared.global [$0 + {place[1]}], [$1 + {offset}], 16, $2;", [place[0], address, size], "r,l,r,~{memory}")
+
+    def commit(self):
+        """Ends a fill: the copies since the last one."""
+        self.void("cp.async.commit_group;", [], "~{memory}")
+
+    def filled(self, ahead: int):
+        """Waits until all copies but those of the last `ahead` fills are there."""
+        self.void(f"cp.async.wait_group {ahead};", [], "~{memory}")
+
+    def shared16(self, address, offset: int):
+        """Four words of SMEM. Volatile: ptxas would keep what it has read once, in registers."""
+        out = self.asm(llvm.StructType.get_literal([self.i32] * 4), f"ld.volatile.shared.v4.b32 {{$0, $1, $2, $3}}, [$4 + {offset}];",
+                       [address], "=r,=r,=r,=r,r,~{memory}")
+        return [llvm.extractvalue(self.i32, out, [k]) for k in range(4)]
+
     def shuffle(self, x, lane, mode):
         return self.asm(self.i32, f"shfl.sync.{mode}.b32 $0, $1, $2, 0x1f, 0xffffffff;", [x, lane], "=r,r,r")
 
