@@ -27,12 +27,13 @@ def get_config(arg: str = "") -> ConfigDict:
         rows=((16384, 1024, 4, 32), (8192, 7168, 8, 32)),
         norm=((16384, 1024), (32768, 7168)),
         cross_entropy=((16384, 32768), (4096, 129280)),
+        gate=((16384, 32, 4, 2, 4), (16384, 256, 8, 4, 8)),
     )
     if arg == "tiny":
         shapes = dict(dense=((128, 256, 128),), dense_gradient=((128, 256, 128),), grouped=((2, 128, 128, 256),),
                       grouped_swiglu=((2, 128, 64, 256),),
                       masked=((2, 64, 128, 256),), grouped_gradient=((2, 128, 128, 256),), quantisation=((128, 256),),
-                      rows=((64, 128, 2, 4),), norm=((64, 128),), cross_entropy=((64, 512),))
+                      rows=((64, 128, 2, 4),), norm=((64, 128),), cross_entropy=((64, 512),), gate=((64, 8, 4, 2, 2),))
     return ConfigDict(dict(
         job="bench",
         seed=0,

@@ -147,11 +147,11 @@ class GateEmit(Emit):
         if self.job.rule.score == "sigmoid":
             return [arith.divf(self.float(1.0), arith.addf(self.float(1.0), math.exp(arith.negf(x)))) for x in logits]
         largest = functools.reduce(arith.maximumf, logits)
-        for_words = lambda a, b: self.bits(arith.maximumf(self.to_float(a), self.to_float(b)))  # noqa: E731
-        largest = self.to_float(self.butterfly(for_words, self.bits(largest), self.job.lanes))
+        larger = lambda a, b: self.bits(arith.maximumf(self.to_float(a), self.to_float(b)))  # noqa: E731
+        largest = self.to_float(self.butterfly(larger, self.bits(largest), self.job.lanes))
         powers = [math.exp(arith.subf(x, largest)) for x in logits]
-        inverse = arith.divf(self.float(1.0), self.sum(powers))
-        return [arith.mulf(p, inverse) for p in powers]
+        total = self.sum(powers)  # a division: a product might be fused with the bias's addition, and the sum not be that of these scores
+        return [arith.divf(p, total) for p in powers]
 
     def sum(self, values):
         """Over the token's experts."""
