@@ -28,12 +28,14 @@ def get_config(arg: str = "") -> ConfigDict:
         norm=((16384, 1024), (32768, 7168)),
         latent_norm=((16384, 512, 256, 32), (16384, 1536, 512, 64)),
         cross_entropy=((16384, 32768), (4096, 129280)),
+        gate=((16384, 32, 4, 2, 4), (16384, 256, 8, 4, 8)),
     )
     if arg == "tiny":
         shapes = dict(dense=((128, 256, 128),), dense_gradient=((128, 256, 128),), grouped=((2, 128, 128, 256),),
                       grouped_swiglu=((2, 128, 64, 256),),
                       masked=((2, 64, 128, 256),), grouped_gradient=((2, 128, 128, 256),), quantisation=((128, 256),),
-                      rows=((64, 128, 2, 4),), norm=((64, 128),), latent_norm=((64, 32, 16, 8),), cross_entropy=((64, 512),))
+                      rows=((64, 128, 2, 4),), norm=((64, 128),), latent_norm=((64, 32, 16, 8),), cross_entropy=((64, 512),),
+                      gate=((64, 8, 4, 2, 2),))
     return ConfigDict(dict(
         job="bench",
         seed=0,

@@ -9,6 +9,7 @@ Shapes: B batch, T position (or tokens), D d_model, F d_expert, E routed experts
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,7 +21,10 @@ from model import expert_parallel, precision
 from model.dtypes import at_least_f32
 from model.errors import choice, freeze, freeze_kind, leaf, require
 from model.ffn import dense_ffn, swiglu
-from model.sharding import normal, param
+from model.sharding import by_rows, normal, param, row_shards
+from pallas_kernels import gate as gate_kernel
+from pallas_kernels.gate import reference as gating
+from pallas_kernels.gate.reference import Rule
 
 GROUP_SCORES = ("top2_sum", "max")
 WEIGHTS = ("normalised", "raw")
@@ -83,6 +87,13 @@ class MoE:
             require(self.groups.score == "max" or E // n >= 2, "groups.limited.n_expert_groups", n,
                     "groups of at least 2 experts for score 'top2_sum'")
 
+    @property
+    def rule(self) -> Rule:
+        """What the gate needs to know."""
+        groups = self.groups or Groups(1, 1, "max")
+        return Rule(self.n_activated_experts, self.gate.score, self.gate.weights, self.route_scale, groups.n_expert_groups,
+                    groups.n_limited_groups, groups.score)
+
     def num_params(self, d_model: int) -> int:
         """Leaves of one MoE FFN, and the router bias where the kind has one."""
         return self._count(d_model, self.n_routed_experts)
@@ -123,21 +134,22 @@ class MoEFFN(nn.Module):
         w_up = param(self, "gate_up", (m.n_routed_experts, 2, m.d_expert, D), ("expert", "pair", "expert_ffn", "embed"), init)
         w_down = param(self, "down", (m.n_routed_experts, D, m.d_expert), ("expert", "embed", "expert_ffn"), init)
 
-        x_MD = x_BTD.reshape(B * T, D)
+        x_MD, rule = x_BTD.reshape(B * T, D), m.rule
+        logits_of = lambda x_MD: gate_logits(x_MD, w_gate).reshape(B, T, -1)  # noqa: E731
         with jax.named_scope("moe/gate"):
-            given = None if tape.tape is None or tape.tape.experts is None else tape.tape.experts.reshape(B * T, -1)
-            _, experts = gate(gate_logits(x_MD, w_gate), bias_E, self.cfg, experts=given)
+            given = None if tape.tape is None or tape.tape.experts is None else tape.tape.experts.reshape(B, T, -1)
+            routed = choose(jax.lax.stop_gradient(logits_of(x_MD)), bias_E, valid_BT, rule, given)
+            experts = routed.experts.reshape(B * T, -1)
 
         def weigh(x_MD):
             """(weights [M, K], Routing) of the experts chosen above; with their gradient, so behind dispatch. XLA makes the logits once."""
             with jax.named_scope("moe/gate"):
-                logits = gate_logits(x_MD, w_gate)
-                tape.probe("moe", "gate", logits.reshape(B, T, -1))
-                weights, _ = gate(logits, bias_E, self.cfg, experts=experts)
-                return weights, Routing(
-                    load=_load(experts, valid_BT.reshape(-1), m.n_routed_experts),
-                    balance=balance_loss(scores(logits, m).reshape(B, T, -1), valid_BT, m),
-                    experts=experts.reshape(B, T, -1))
+                logits = logits_of(x_MD)
+                tape.probe("moe", "gate", logits)
+                weights, sums = weights_and_sums(logits, valid_BT, routed, rule)
+                load, hits, shares = (sums[:, i] for i in range(3))
+                return weights.reshape(B * T, -1), Routing(
+                    load=jnp.sum(load, axis=0).astype(jnp.float32), balance=balance_of(hits, shares, valid_BT, m), experts=routed.experts)
 
         def shared(x_MD):
             x_BTD = x_MD.reshape(B, T, D)
@@ -164,67 +176,75 @@ def gate_logits(x_MD, w_gate):
     return jax.lax.dot_general(x_MD.astype(wide), w_gate.astype(wide), (((1,), (1,)), ((), ())))
 
 
-def scores(logits_TE, moe: MoE):
-    """Affinities s [T, E] in float32 at least (eq. 15)."""
-    wide = logits_TE.astype(at_least_f32(logits_TE.dtype))
-    return SCORES[moe.gate.score](wide)
+def gate(logits, bias, cfg):
+    """(weights [T, K], experts i32 [T, K]) from logits [T, E] and bias [E] or None (eq. 13-16 and node-limited routing)."""
+    rule = cfg.moe.rule
+    s = gating.scores(logits, rule)
+    experts = gating.choose(s, bias, rule)
+    return gating.weigh(s, experts, rule), experts
 
 
-def gate(logits, bias, cfg, *, experts=None):
-    """(weights [T, K], experts i32 [T, K]) from logits [T, E] and bias [E] or None (eq. 13-16 and node-limited routing).
+class Routed(NamedTuple):
+    """experts i32 [B, T, K]; weights [B, T, K] and sums [B, 3, E] (load, hits, shares) without a gradient, where our kernel made them."""
 
-    `experts` gives the choice instead (a rollout's, a forward's): weights follow from the scores all the same.
-    """
-    moe, E = cfg.moe, cfg.moe.n_routed_experts
-    s = scores(logits, moe)
-    if experts is None:
-        biased = jax.lax.stop_gradient(s if bias is None else s + bias.astype(s.dtype)[None])
-        place = ranks(limit_groups(biased, moe.groups))
-        k, index = (jax.lax.broadcasted_iota(jnp.int32, (1, moe.n_activated_experts, E), axis) for axis in (1, 2))
-        experts = jnp.min(jnp.where(place[:, None] == k, index, E - 1), axis=-1)
-    chosen = experts[..., None] == jnp.arange(E, dtype=experts.dtype)[None, None]
-    weights = jnp.sum(jnp.where(chosen, s[:, None], 0), axis=-1)  # not a gather, whose gradient would scatter
-    if moe.gate.weights == "normalised":
-        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)  # the published code's guard
-    return weights * moe.route_scale, experts.astype(jnp.int32)
+    experts: Any
+    weights: Any = None
+    sums: Any = None
 
 
-def ranks(x):
-    """i32 [..., n]: the place of each of n numbers in descending order, equal ones by index, as lax.top_k has them. Every pair is compared:
-    on a GPU a sort of so few costs more, and on a mesh it would gather what it sorts."""
-    index = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
-    mine, other, at, other_at = x[..., :, None], x[..., None, :], index[..., :, None], index[..., None, :]
-    return jnp.sum((other > mine) | (other == mine) & (other_at < at), axis=-1, dtype=jnp.int32)
+def choose(logits_BTE, bias, valid_BT, rule, given=None) -> Routed:
+    """The experts of each token, or those `given` (a rollout's, a forward's): weights follow from the scores all the same."""
+    if given is not None:
+        return Routed(given)
+    if logits_BTE.shape[0] % row_shards() or not gate_kernel.takes_kernel(logits_BTE, rule):
+        return Routed(gating.choose(gating.scores(logits_BTE, rule), bias, rule))
+
+    def local(logits, valid, *bias):
+        return gate_kernel.route(logits, *(bias or (None,)), valid, rule)
+
+    return Routed(*by_rows(local, logits_BTE, valid_BT, whole=() if bias is None else (jax.lax.stop_gradient(bias),)))
 
 
-def limit_groups(biased_TE, groups: Groups | None):
-    """The scores with every group but the n_limited_groups best at -inf, also where scores are negative."""
-    if groups is None or groups.n_limited_groups == groups.n_expert_groups:
-        return biased_TE
-    T, E = biased_TE.shape
-    grouped = biased_TE.reshape(T, groups.n_expert_groups, -1)
-    best = jnp.max(grouped, axis=-1) if groups.score == "max" else jnp.sum(jnp.where(ranks(grouped) < 2, grouped, 0), axis=-1)
-    keep = ranks(best) < groups.n_limited_groups
-    return jnp.where(keep[..., None], grouped, -jnp.inf).reshape(T, E)
+def weights_and_sums(logits_BTE, valid_BT, routed: Routed, rule):
+    """(weights [B, T, K], sums [B, 3, E]) of the experts chosen, with the gradient of the logits."""
+    if routed.weights is None:
+        return gating.route(logits_BTE, None, valid_BT, rule, routed.experts)[1:]
+    return attached(rule, logits_BTE, valid_BT, routed)
 
 
-def balance_loss(s_BTE, valid_BT, moe: MoE):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attached(rule, logits_BTE, valid_BT, routed: Routed):
+    """What the kernel made of these logits: the second kernel is its gradient."""
+    return routed.weights, routed.sums
+
+
+def _attached_forward(rule, logits, valid, routed):
+    return attached(rule, logits, valid, routed), (logits, routed.experts, valid)
+
+
+def _attached_backward(rule, residuals, gradients):
+    d_weights, d_sums = gradients
+    backward = functools.partial(gate_kernel.route_backward, rule=rule)
+    return by_rows(backward, *residuals, d_weights, d_sums[:, 2]), None, None
+
+
+attached.defvjp(_attached_forward, _attached_backward)
+
+
+def balance_of(hits_BE, shares_BE, valid_BT, moe: MoE):
     """alpha sum_i f_i P_i (eq. 17-20), summed over the B sequences; scope 'batch': over all tokens at once, times B.
 
-    Only the 'batch' scope depends on how a batch is split into micro-batches.
+    hits, shares: sums over the valid tokens (`pallas_kernels/gate`). Only the 'batch' scope depends on how a batch is split into
+    micro-batches.
     """
     alpha, E, K = moe.balance.alpha, moe.n_routed_experts, moe.n_activated_experts
     if not alpha:
-        return jnp.zeros((), s_BTE.dtype)
-    B = s_BTE.shape[0]
+        return jnp.zeros((), shares_BE.dtype)
+    B, n = hits_BE.shape[0], jnp.sum(valid_BT.astype(shares_BE.dtype), axis=1, keepdims=True)
     if moe.balance.scope == "batch":
-        s_BTE, valid_BT = s_BTE.reshape(1, -1, E), valid_BT.reshape(1, -1)
-    valid = valid_BT.astype(s_BTE.dtype)[..., None]
-    n = jnp.maximum(jnp.sum(valid, axis=1), 1)
-    hits = (ranks(jax.lax.stop_gradient(s_BTE)) < K).astype(s_BTE.dtype)
-    f = jnp.sum(hits * valid, axis=1) * (E / K) / n
-    p = jnp.sum(s_BTE / (jnp.sum(s_BTE, axis=-1, keepdims=True) + 1e-20) * valid, axis=1) / n
-    return alpha * jnp.sum(f * p) * (B / s_BTE.shape[0])
+        hits_BE, shares_BE, n = (jnp.sum(x, axis=0, keepdims=True) for x in (hits_BE, shares_BE, n))
+    n = jnp.maximum(n, 1)
+    return alpha * jnp.sum(hits_BE * (E / K) / n * (shares_BE / n)) * (B / n.shape[0])
 
 
 def update_bias(router_bias, load, rate):
@@ -236,12 +256,6 @@ def max_violation(load):
     """MaxVio [L] = max load / mean load - 1 (2408.15664 §3): load f32 [L, E]."""
     mean = jnp.maximum(jnp.mean(load, axis=-1), 1e-9)
     return jnp.max(load, axis=-1) / mean - 1
-
-
-def _load(experts_MK, valid_M, n_experts: int):
-    """f32 [E]: how often each expert was chosen; compared and summed, as atomics on few counters are slow."""
-    chosen = jnp.where(valid_M[:, None], experts_MK, n_experts).reshape(-1, 1)
-    return jnp.sum(chosen == jnp.arange(n_experts, dtype=chosen.dtype)[None], axis=0, dtype=jnp.int32).astype(jnp.float32)
 
 
 def _all_experts(run, n_tokens: int, moe: MoE) -> bool:
@@ -272,14 +286,13 @@ def _balance(config: Mapping, path: str, *, has_bias: bool = False, scope: str =
 
 def parse(config: Mapping, path: str) -> MoE:
     """Freezes config.model.ffn.moe."""
-    gate_kind = choice(config["gate"]["kind"], SCORES, f"{path}.gate.kind")
+    gate_kind = choice(config["gate"]["kind"], gating.SCORES, f"{path}.gate.kind")
     weights = choice(config["gate"][gate_kind]["weights"], WEIGHTS, f"{path}.gate.{gate_kind}.weights")
     plain = {k: v for k, v in config.items() if k not in ("gate", "groups", "balance")}
     return freeze(MoE, plain, path, gate=Gate(gate_kind, weights), groups=freeze_kind(GROUPS, config["groups"], f"{path}.groups"),
                   balance=freeze_kind(BALANCES, config["balance"], f"{path}.balance"))
 
 
-SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
 GROUPS = {"limited": Groups, "none": lambda config, path: None}
 BALANCES = {
     "bias": lambda config, path: _balance(config, path, has_bias=True),

@@ -21,6 +21,8 @@ import numpy as np
 
 from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quantize
 from pallas_kernels.cross_entropy import log_probability_backward, log_sum_exp
+from pallas_kernels.gate import route, route_backward
+from pallas_kernels.gate.reference import Rule
 from pallas_kernels.grouped_matmul.reference import swiglu
 from pallas_kernels.latent_norm import latent_norm, latent_norm_backward
 from pallas_kernels.norm import rms_norm, rms_norm_backward
@@ -315,9 +317,23 @@ def cross_entropies(m: int, v: int):
         yield Case(name, f"{m} x {v}", run, (*operands, own), 0, moved, "bf16", bool(operands), (xla, (*operands, logits)))
 
 
+def gates(m: int, e: int, groups: int, kept: int, k: int):
+    """The gate of m tokens over e experts, k chosen in the kept groups; XLA's side is the reference. Bytes: operands and results once."""
+    rule, logits = Rule(k, "sigmoid", "normalised", 2.5, groups, kept, "top2_sum"), random(8, m // 8, e).astype(jnp.float32)
+    valid, d_shares = jnp.ones((8, m // 8), bool), jnp.ones((8, e))
+    experts, weights, _ = route(logits, jnp.zeros(e), valid, rule, implementation="reference")
+    forms = {
+        "gate": (functools.partial(route, rule=rule), (logits, jnp.zeros(e), valid), 4 * m * (e + 2 * k)),
+        "gate, backward": (functools.partial(route_backward, rule=rule), (logits, experts, valid, weights, d_shares), 4 * m * 2 * (e + k)),
+    }
+    for name, (run, operands, moved) in forms.items():
+        xla = functools.partial(run, implementation="reference")
+        yield Case(name, f"{m} x {e}, {k} of {kept}/{groups} groups", run, operands, 0, moved, "bf16", baseline=(xla, operands))
+
+
 OPS = {"dense": dense, "dense_gradient": dense_gradient, "grouped": grouped, "grouped_swiglu": grouped_swiglu, "masked": masked,
        "grouped_gradient": grouped_gradient, "quantisation": quantisation, "rows": moved_rows, "norm": norms,
-       "latent_norm": latent_norms, "cross_entropy": cross_entropies}
+       "latent_norm": latent_norms, "cross_entropy": cross_entropies, "gate": gates}
 
 
 def _deep_gemm(directory: str):

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quantize
 from pallas_kernels.cross_entropy import log_probability_backward, log_sum_exp
+from pallas_kernels.gate import route, route_backward
+from pallas_kernels.gate.reference import Rule
 from pallas_kernels.latent_norm import latent_norm, latent_norm_backward
 from pallas_kernels.norm import rms_norm, rms_norm_backward
 from pallas_kernels.rows import gather, gather_sum, weighted_backward
@@ -60,6 +62,11 @@ def _cases() -> Iterator[tuple]:
     log_z, targets = log_sum_exp(x, implementation="reference"), source[:400] % 384
     yield "log Z", log_sum_exp, (x,), {}
     yield "log probability, backward", log_probability_backward, (x, targets, log_z, weights[:400]), {}
+    logits, valid, rule = x.astype(jnp.float32).reshape(4, 100, 384), (source[:400] % 7 > 0).reshape(4, 100), Rule(
+        8, "sigmoid", "normalised", 2.5, 8, 4, "top2_sum")
+    experts, expert_weights, sums = route(logits, None, valid, rule, implementation="reference")
+    yield "gate", route, (logits, jnp.full(384, 0.5), valid), dict(rule=rule)
+    yield "gate, backward", route_backward, (logits, experts, valid, jnp.sin(expert_weights * 9), sums[:, 1] / 100), dict(rule=rule)
     yield "bf16 grouped weight gradient", grouped_matmul.weight_gradient, (h[:384], x[:384], whole), dict(accumulate=total)
 
 

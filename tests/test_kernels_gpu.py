@@ -12,12 +12,15 @@ import pytest
 
 from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quantize
 from pallas_kernels.cross_entropy import log_probability_backward, log_sum_exp
+from pallas_kernels.gate import reference as gating
+from pallas_kernels.gate import route, route_backward
 from pallas_kernels.grouped_matmul import table, tiles
 from pallas_kernels.latent_norm import latent_norm, latent_norm_backward
 from pallas_kernels.norm import rms_norm, rms_norm_backward
 from pallas_kernels.quantize import reference
 from pallas_kernels.rows import gather, gather_sum, weighted_backward
 from tests.test_kernels_fp8_matmul import accumulation_errors
+from tests.test_kernels_gate import GATES
 
 pytestmark = pytest.mark.gpu
 
@@ -412,3 +415,50 @@ def test_infinite_huge_and_missing_logits_of_a_cross_entropy_are_as_the_referenc
             for got, want in zip(*(log_z_and_gradient(logits, targets, g, i) for i in ("kernel", "reference")), strict=True):
                 got, want = (np.asarray(x, np.float32) for x in (got, want))
                 np.testing.assert_allclose(got, want, rtol=2**-7 if got.ndim > 1 else 1e-6, atol=1e-6)
+
+
+def kernel_scores(logits, valid, rule):
+    """The scores that the kernel chooses by, bit for bit: raw weights, with a bias that makes it choose 8 experts after the other."""
+    raw, s = gating.Rule(8, rule.score, "raw", 1.0), jnp.zeros_like(logits)
+    for first in range(0, logits.shape[-1], 8):
+        bias = jnp.zeros(logits.shape[-1]).at[first:first + 8].set(4.0)
+        experts, weights, _ = route(logits, bias, valid, raw, implementation="kernel")
+        s = jnp.put_along_axis(s, experts, weights, axis=-1, inplace=False)
+    return s
+
+
+@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize("b, t", [(8, 2048), (3, 77), (5, 1)])
+@pytest.mark.parametrize("kind", ["random", "tied", "equal"])
+def test_the_gate_chooses_as_the_reference_from_the_same_scores_and_the_same_bits_twice(name, b, t, kind):
+    n, rule = GATES[name]
+    logits = dict(random=2 * random(1, b, t, n), tied=jnp.round(random(2, b, t, n)), equal=jnp.full((b, t, n), 0.5))[kind]
+    valid = jax.random.bernoulli(jax.random.key(3), 0.8, (b, t))
+    s = kernel_scores(logits, valid, rule)
+    np.testing.assert_allclose(s, gating.scores(logits, rule), rtol=1e-6)
+    for bias in (None, random(4, n) / 4, jnp.round(random(5, n)) / 8 - 1):
+        out = [route(logits, bias, valid, rule, implementation="kernel") for _ in range(2)]
+        same(*out)
+        experts, weights, sums = out[0]
+        same((experts,), (jax.jit(gating.choose, static_argnums=2)(s, bias, rule),))
+        _, want_weights, want_sums = gating.route(logits, bias, valid, rule, experts)
+        np.testing.assert_allclose(weights, want_weights, rtol=2e-6)
+        same((sums[:, 0], sums[:, 1]), (want_sums[:, 0], gating.balance_sums(s, valid, rule)[0]))
+        np.testing.assert_allclose(sums[:, 2], want_sums[:, 2], rtol=2e-6, atol=1e-6)
+        d_weights, d_shares = random(6, *weights.shape), random(7, b, n)
+        got, again, want = (route_backward(logits, experts, valid, d_weights, d_shares, rule, implementation=i)
+                            for i in ("kernel", "kernel", "reference"))
+        same((got,), (again,))
+        assert float(jnp.abs(got - want).max()) <= 4e-6 * float(jnp.abs(want).max())
+
+
+@pytest.mark.parametrize("name", [n for n in GATES if n != "v2_lite"])
+def test_a_gate_takes_nan_and_infinities_as_the_reference_does(name):
+    n, rule = GATES[name]
+    rule = gating.Rule(rule.n_chosen, "sigmoid", rule.weights, rule.scale, rule.n_groups, rule.n_kept, rule.group_score)
+    odd = jax.random.randint(jax.random.key(1), (2, 500, n), 0, 40)
+    logits = jnp.where(odd < 3, jnp.array([jnp.nan, jnp.inf, -jnp.inf])[jnp.minimum(odd, 2)], jnp.round(random(2, 2, 500, n)))
+    valid = jnp.ones((2, 500), bool)
+    for bias in (None, jnp.zeros(n).at[3].set(-jnp.inf).at[5].set(jnp.inf), jnp.zeros(n).at[n - 2].set(jnp.nan)):
+        got, want = (route(logits, bias, valid, rule, implementation=i) for i in ("kernel", "reference"))
+        same((got[0], got[2][:, 0]), (want[0], want[2][:, 0]))

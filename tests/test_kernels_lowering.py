@@ -10,10 +10,13 @@ from jax import ShapeDtypeStruct as S
 from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quantize, target
 from pallas_kernels.cross_entropy import log_probability_backward, log_sum_exp
 from pallas_kernels.fp8_matmul import tuned
+from pallas_kernels.gate import reference as gating
+from pallas_kernels.gate import route, route_backward
 from pallas_kernels.grouped_matmul import table, tiles
 from pallas_kernels.latent_norm import latent_norm, latent_norm_backward
 from pallas_kernels.norm import rms_norm, rms_norm_backward
 from pallas_kernels.rows import gather, gather_sum, weighted_backward
+from tests.test_kernels_gate import GATES
 
 E4M3, F32, BF16, I32 = jnp.float8_e4m3fn, jnp.float32, jnp.bfloat16, jnp.int32
 
@@ -115,6 +118,11 @@ KERNELS = {
        for op, of_rows, way in ((log_sum_exp, (), "log Z"), (log_probability_backward, (I32, F32, F32), "backward"))
        for name, rows, v, dtype in ((way, (8, 2048), 32768, BF16), (f"{way}, ragged", (4096,), 129280, BF16),
                                     (f"{way}, narrow", (7,), 8, BF16), (f"{way}, float32", (4096,), 8192, F32))},
+    **{f"gate, {name}": (functools.partial(route, rule=rule, implementation="kernel"),
+                         (S((8, 2048, n), F32), S((n,), F32), S((8, 2048), jnp.bool_))) for name, (n, rule) in GATES.items()},
+    **{f"gate, backward, {name}": (functools.partial(route_backward, rule=rule, implementation="kernel"),
+                                   (S((8, 2048, n), F32), S((8, 2048, rule.n_chosen), I32), S((8, 2048), jnp.bool_),
+                                    S((8, 2048, rule.n_chosen), F32), S((8, n), F32))) for name, (n, rule) in GATES.items()},
 }
 
 
@@ -235,6 +243,8 @@ def test_kernels_lower_inside_shard_map_and_vmap(hopper):
         y = gather(y, weighted_backward(y, y, jnp.arange(y.shape[0]), sizes.astype(F32).repeat(y.shape[0]))[1].astype(I32))
         log_z = log_sum_exp(y)
         y = log_probability_backward(y, y[:, 0].astype(I32), log_z, log_z)
+        weights = route(y[None].astype(F32), None, jnp.ones((1, y.shape[0]), bool), gating.Rule(4, "softmax", "raw", 1.0))[1]
+        y = y + jnp.max(weights).astype(y.dtype)
         return y, grouped_matmul.weight_gradient(dy, x, sizes, accumulate=total[0])[None]
 
     run = jax.shard_map(layer, mesh=mesh, in_specs=(spec, whole, whole, whole, spec, spec), out_specs=(spec, spec))

@@ -102,6 +102,15 @@ def test_a_cross_entropy_copies_a_turn_ahead_of_its_use_and_spends_eight_instruc
     assert len(loop) <= logits * 8.5 + 16
 
 
+@pytest.mark.parametrize("name", [n for n in KERNELS if n.startswith("gate")])
+def test_a_gate_keeps_a_token_in_registers_and_divides_without_a_call(compiled, name):
+    (kernel,) = compiled(name)
+    assert kernel.registers <= 128 and kernel.spilled == 0 and not kernel.warnings  # of 65,536: four blocks of 128 threads and more
+    assert not re.search(r"\bLDL\b|\bSTL\b|\bCALL\b", kernel.sass)
+    if "700m" in name:
+        assert len(re.findall(r"/\*[0-9a-f]{4,}\*/ +\S", kernel.sass)) <= (560 if "backward" in name else 1024)
+
+
 def _of(lines, instruction: str) -> int:
     """The last line of an instruction."""
     return max(i for i, (code, _) in enumerate(lines) if instruction in code)

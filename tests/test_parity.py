@@ -13,6 +13,7 @@ import pytest
 
 from model import hf, moe, precision, transformer
 from model.config import Execution
+from pallas_kernels.gate.reference import limit_groups
 
 FIXTURES = pathlib.Path(os.environ.get("DEEPSEEK_JAX_PARITY", pathlib.Path(__file__).parent / "fixtures" / "hf"))
 NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/reference.npz"))
@@ -62,7 +63,7 @@ def test_v3_fixture_tells_a_group_mask_of_minus_infinity_from_one_of_zero(name):
     """Its biased scores are often negative: with 0 in place of -inf an expert of a dropped group would win."""
     cfg, _, bias, _ = loaded(name)
     logits = probed(name).probes["moe/1/gate"].reshape(-1, cfg.moe.n_routed_experts)
-    limited = moe.limit_groups(jax.nn.sigmoid(logits) + bias[:1], cfg.moe.groups)
+    limited = limit_groups(jax.nn.sigmoid(logits) + bias[:1], cfg.moe.rule)
     with_zero = jax.lax.top_k(jnp.where(jnp.isinf(limited), 0, limited), cfg.moe.n_activated_experts)[1]
     chosen = moe.gate(logits, bias[0], cfg)[1]
     assert (np.sort(chosen) != np.sort(with_zero)).any(axis=1).mean() > 0.2
