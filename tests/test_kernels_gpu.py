@@ -407,9 +407,9 @@ def test_the_gate_chooses_as_the_reference_from_the_same_scores_and_the_same_bit
         same(*out)
         experts, weights, sums = out[0]
         same((experts,), (jax.jit(gating.choose, static_argnums=2)(s, bias, rule),))
-        _, want_weights, want_sums = gating.route(logits, bias, valid, rule, experts)
+        _, want_weights, want_sums = jax.jit(gating.route, static_argnums=3)(logits, bias, valid, rule, experts)
         np.testing.assert_allclose(weights, want_weights, rtol=2e-6)
-        same((sums[:, 0], sums[:, 1]), (want_sums[:, 0], gating.balance_sums(s, valid, rule)[0]))
+        same((sums[:, 0], sums[:, 1]), (want_sums[:, 0], jax.jit(gating.balance_sums, static_argnums=2)(s, valid, rule)[0]))
         np.testing.assert_allclose(sums[:, 2], want_sums[:, 2], rtol=2e-6, atol=1e-6)
         d_weights, d_shares = random(6, *weights.shape), random(7, b, n)
         got, again, want = (route_backward(logits, experts, valid, d_weights, d_shares, rule, implementation=i)
