@@ -3,7 +3,8 @@
 The gate scores in float32: s = sigmoid(x e_i) (V3) or softmax (V2). A bias joins the scores for the choice alone; groups of
 experts (nodes) are limited first, those not kept masked with -inf; weights are the unbiased scores of the chosen, normalised
 (V3) or raw (V2), times route_scale. No token is ever dropped. Balance: the bias moves by the sign rule after each step
-(`update_bias`), and a small sequence-wise loss remains (eq. 17-20, whose f counts the top-K of the unbiased scores).
+(`update_bias`), and a small sequence-wise loss remains (eq. 17-20, whose f counts the top-K of the unbiased scores). The formulas after the
+logits are `pallas_kernels/gate`'s, on Hopper in one kernel each way.
 Shapes: B batch, T position (or tokens), D d_model, F d_expert, E routed experts, K chosen, M rows.
 """
 from __future__ import annotations
@@ -195,7 +196,7 @@ class Routed(NamedTuple):
 def choose(logits_BTE, bias, valid_BT, rule, given=None) -> Routed:
     """The experts of each token, or those `given` (a rollout's, a forward's): weights follow from the scores all the same."""
     if given is not None:
-        return Routed(given)
+        return Routed(given.astype(jnp.int32))
     if logits_BTE.shape[0] % row_shards() or not gate_kernel.takes_kernel(logits_BTE, rule):
         return Routed(gating.choose(gating.scores(logits_BTE, rule), bias, rule))
 

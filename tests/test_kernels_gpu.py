@@ -356,7 +356,7 @@ def test_norms_of_latents_and_their_gradients_are_those_of_float64_and_the_same_
         for x, twice, w in zip(jax.tree.leaves(got), jax.tree.leaves(again), want, strict=True):
             assert x.dtype == (jnp.float32 if x.ndim == 1 else dtype) and bool(jnp.isfinite(x).all()) and bool(jnp.array_equal(x, twice))
             error, size = jnp.linalg.norm(x.astype(jnp.float64) - w, axis=-1), jnp.linalg.norm(w, axis=-1)  # of each row
-            assert bool((error <= (2e-6 if x.dtype == jnp.float32 else 3e-3) * size).all())
+            assert bool((error <= (2e-6 if x.dtype == jnp.float32 else 4e-3) * size).all())  # half a step of bfloat16 is 3.9e-3
     assert bool(jnp.array_equal(got[1][0][:, -cuts[-1]:], g_rest))
 
 
@@ -441,9 +441,9 @@ def test_the_gate_chooses_as_the_reference_from_the_same_scores_and_the_same_bit
         same(*out)
         experts, weights, sums = out[0]
         same((experts,), (jax.jit(gating.choose, static_argnums=2)(s, bias, rule),))
-        _, want_weights, want_sums = gating.route(logits, bias, valid, rule, experts)
+        _, want_weights, want_sums = jax.jit(gating.route, static_argnums=3)(logits, bias, valid, rule, experts)
         np.testing.assert_allclose(weights, want_weights, rtol=2e-6)
-        same((sums[:, 0], sums[:, 1]), (want_sums[:, 0], gating.balance_sums(s, valid, rule)[0]))
+        same((sums[:, 0], sums[:, 1]), (want_sums[:, 0], jax.jit(gating.balance_sums, static_argnums=2)(s, valid, rule)[0]))
         np.testing.assert_allclose(sums[:, 2], want_sums[:, 2], rtol=2e-6, atol=1e-6)
         d_weights, d_shares = random(6, *weights.shape), random(7, b, n)
         got, again, want = (route_backward(logits, experts, valid, d_weights, d_shares, rule, implementation=i)

@@ -243,8 +243,9 @@ def test_kernels_lower_inside_shard_map_and_vmap(hopper):
         y = gather(y, weighted_backward(y, y, jnp.arange(y.shape[0]), sizes.astype(F32).repeat(y.shape[0]))[1].astype(I32))
         log_z = log_sum_exp(y)
         y = log_probability_backward(y, y[:, 0].astype(I32), log_z, log_z)
-        weights = route(y[None].astype(F32), None, jnp.ones((1, y.shape[0]), bool), gating.Rule(4, "softmax", "raw", 1.0))[1]
-        y = y + jnp.max(weights).astype(y.dtype)
+        logits, valid, rule = y[None].astype(F32), jnp.ones((1, y.shape[0]), bool), gating.Rule(4, "softmax", "raw", 1.0)
+        experts, weights, sums = route(logits, jnp.zeros(y.shape[1]), valid, rule)
+        y = route_backward(logits, experts, valid, weights, sums[:, 2], rule)[0].astype(BF16)
         return y, grouped_matmul.weight_gradient(dy, x, sizes, accumulate=total[0])[None]
 
     run = jax.shard_map(layer, mesh=mesh, in_specs=(spec, whole, whole, whole, spec, spec), out_specs=(spec, spec))
