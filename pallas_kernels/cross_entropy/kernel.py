@@ -18,7 +18,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, math
 
 from pallas_kernels import hopper
-from pallas_kernels.quantize.emit import Emit
+from pallas_kernels.emit import Emit
 
 REF = plgpu.RefType()
 SCALAR = plgpu.Layout.WG_SPLAT(())

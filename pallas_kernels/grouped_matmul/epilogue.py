@@ -3,7 +3,7 @@ import numpy as np
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jaxlib.mlir.dialects import llvm
 
-from pallas_kernels.quantize.emit import Emit
+from pallas_kernels.emit import Emit
 
 
 def swiglu(ctx, gate, up):

@@ -15,8 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import hopper
+from pallas_kernels.emit import Emit
 from pallas_kernels.grouped_matmul import tiles
-from pallas_kernels.quantize.emit import Emit
 from pallas_kernels.quantize.reference import ceil_div
 
 REF = plgpu.RefType()

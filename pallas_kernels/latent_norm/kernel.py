@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith, math
 
 from pallas_kernels import hopper
-from pallas_kernels.quantize.emit import Emit
+from pallas_kernels.emit import Emit
 
 REF = plgpu.RefType()
 SCALAR = plgpu.Layout.WG_SPLAT(())

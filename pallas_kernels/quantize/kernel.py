@@ -19,7 +19,7 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import hopper
 from pallas_kernels.quantize import staged, tuned
-from pallas_kernels.quantize.emit import Emit
+from pallas_kernels.quantize.emit import QuantizeEmit
 from pallas_kernels.quantize.reference import FORMATS, ceil_div
 
 REF = plgpu.RefType()
@@ -61,7 +61,7 @@ def _body(job: Job, tuning: tuned.Tuning):
     source_k = job.K * sources
 
     def body(ctx, block, *refs):
-        e = Emit()
+        e = QuantizeEmit()
         refs = list(refs)
         x_gmem = refs.pop(0)
         s_gmem = refs.pop(0) if job.scaled else None

@@ -10,7 +10,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import hopper
-from pallas_kernels.quantize.emit import Emit
+from pallas_kernels.emit import Emit
 
 
 def each_tile(
