@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, math
+from jaxlib.mlir.dialects import arith, math
 
 from pallas_kernels import hopper
 from pallas_kernels.emit import Emit
@@ -121,9 +121,7 @@ class LogitEmit(Emit):
         turn, (row, exists) = self.rem(step, self.job.turns), self.row(self.div(step, self.job.turns))
         stage, address = self.stage(step), self.address(logits, row, turn)
         for i in range(self.job.pieces):
-            size = arith.select(arith.andi(exists, self.inside(turn, i)), self.int(16), self.int(0))
-            self.void(f"cp.async.cg.shared.global [$0 + {16 * THREADS * i}], [$1 + {SEGMENT * i}], 16, $2;", [stage, address, size],
-                      "r,l,r,~{memory}")
+            self.copy16((stage, 16 * THREADS * i), address, SEGMENT * i, arith.andi(exists, self.inside(turn, i)))
         self.commit()
 
     def below(self, a, n: int):
@@ -131,10 +129,8 @@ class LogitEmit(Emit):
         return arith.cmpi(arith.CmpIPredicate.ult, a, self.int(n))
 
     def read(self, stage, i: int):
-        """The four words of a piece. Volatile: ptxas would keep what it has read once, in registers."""
-        ptx = f"ld.volatile.shared.v4.b32 {{$0, $1, $2, $3}}, [$4 + {16 * THREADS * i}];"
-        out = self.asm(llvm.StructType.get_literal([self.i32] * 4), ptx, [stage], "=r,=r,=r,=r,r,~{memory}")
-        return [llvm.extractvalue(self.i32, out, [k]) for k in range(4)]
+        """The four words of a piece."""
+        return self.shared16(stage, 16 * THREADS * i)
 
     def exponential(self, x):
         return self.asm(self.f32, "ex2.approx.ftz.f32 $0, $1;", [arith.mulf(x, self.float(LOG2_E))], "=f,f", False)
