@@ -23,9 +23,9 @@ from pallas_kernels import fp8_matmul, grouped_fp8_matmul, grouped_matmul, quant
 from pallas_kernels.cross_entropy import log_probability_backward, log_sum_exp
 from pallas_kernels.gate import route, route_backward
 from pallas_kernels.gate.reference import Rule
-from pallas_kernels.grouped_matmul.reference import swiglu
 from pallas_kernels.latent_norm import latent_norm, latent_norm_backward
 from pallas_kernels.norm import rms_norm, rms_norm_backward
+from pallas_kernels.quantize.reference import swiglu
 from pallas_kernels.rows import gather, gather_sum, weighted_backward
 from pallas_kernels.target import is_hopper
 
@@ -164,7 +164,7 @@ def grouped_swiglu(g: int, rows: int, f: int, k: int):
 
     def apart(x, w, sizes):
         gate_up = grouped_matmul.matmul(x, w.reshape(g, 2 * f, k), sizes)
-        return gate_up, swiglu(gate_up)
+        return gate_up, swiglu(gate_up).astype(gate_up.dtype)
 
     yield Case("bf16 grouped with SwiGLU", f"{g} x {rows}, 2 x {f} x {k}", grouped_matmul.matmul_swiglu, (x, w, sizes), 4 * m * f * k,
                2 * (m * k + w.size + 3 * m * f), "bf16", baseline=(apart, (x, w, sizes)))

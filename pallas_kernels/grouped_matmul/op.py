@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import kernel, reference
+from pallas_kernels.quantize.reference import swiglu
 from pallas_kernels.target import choose
 
 
@@ -66,7 +67,7 @@ def matmul_swiglu(
     if path != "reference":
         return kernel.by_rows(rows, w, group_sizes, 2, interpret=path == "interpret", swiglu=True)
     gate_up = matmul(rows, w, group_sizes, implementation=implementation)
-    return gate_up, reference.swiglu(gate_up)
+    return gate_up, swiglu(gate_up).astype(gate_up.dtype)
 
 
 def dgrad(dy: jax.Array, w: jax.Array, group_sizes: jax.Array, *, implementation: str = "auto") -> jax.Array:

@@ -53,12 +53,6 @@ def matmul(rows: jax.Array, w: jax.Array, group_sizes: jax.Array, contract: int 
     return zeros.at[row].set(out.astype(rows.dtype), mode="drop")
 
 
-def swiglu(gate_up: jax.Array) -> jax.Array:
-    """gate_up [M, 2F] -> silu(gate) * up [M, F], in float32 (float64 stays), rounded once."""
-    gate, up = jnp.split(gate_up.astype(_sum_dtype(gate_up)), 2, axis=-1)
-    return (jax.nn.silu(gate) * up).astype(gate_up.dtype)
-
-
 def weight_gradient(dy: jax.Array, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """dy [M, N], x [M, K] -> [G, N, K]: dy^T x of each group's rows, in at least float32."""
     M, G = dy.shape[0], group_sizes.shape[0]

@@ -95,6 +95,6 @@ def dequantize_tiles(q: jax.Array, scale: jax.Array, tile: tuple[int, int], dtyp
 
 
 def swiglu(gate_up: jax.Array) -> jax.Array:
-    """silu(gate) * up in float32; gate is the first half of the last axis, up the second."""
-    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+    """silu(gate) * up in float32 (float64 stays); gate is the first half of the last axis, up the second."""
+    gate, up = jnp.split(gate_up if gate_up.dtype == jnp.float64 else gate_up.astype(jnp.float32), 2, axis=-1)
     return gate * jax.nn.sigmoid(gate) * up
