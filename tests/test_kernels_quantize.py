@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import quantize
-from pallas_kernels.quantize import kernel, tuned
+from pallas_kernels.quantize import kernel, reference, tuned
 
 TILES = ((1, 128), (128, 1), (128, 128))
 
@@ -116,6 +116,50 @@ def test_fused_swiglu_is_swiglu_then_quantisation_from_bf16_and_from_cached_fp8(
     want = quantize.swiglu_quantize(h8, tile=(128, 1))
     for got, w in zip(quantize.swiglu_quantize(cached, cached_scale, tile=(128, 1)), want, strict=True):
         np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(w, np.float32))
+
+
+@pytest.mark.parametrize("tile", TILES[:2])
+def test_weighted_rows_of_a_fused_swiglu_are_those_of_float64(rng, tile):
+    h, weights = jnp.asarray(rng.standard_normal((2, 96, 512)), jnp.bfloat16), jnp.asarray(rng.random((2, 96)), jnp.float32)
+    x = np.asarray(h, np.float64)
+    want = x[..., :256] / (1 + np.exp(-x[..., :256])) * x[..., 256:] * np.asarray(weights, np.float64)[..., None]
+    back = np.asarray(quantize.dequantize_tiles(*quantize.swiglu_quantize(h, tile=tile, weights=weights), tile))
+    assert np.linalg.norm(back - want) < 0.04 * np.linalg.norm(want)
+    ones = quantize.swiglu_quantize(h, tile=tile, weights=jnp.ones((2, 96)))
+    for got, w in zip(ones, quantize.swiglu_quantize(h, tile=tile), strict=True):
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(w, np.float32))
+    cached = quantize.quantize_tiles(h)
+    want = quantize.swiglu_quantize(quantize.dequantize_tiles(*cached), tile=tile, weights=weights)
+    for got, w in zip(quantize.swiglu_quantize(*cached, tile=tile, weights=weights), want, strict=True):
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(w, np.float32))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shape", [(130, 72), (2, 64, 128)])
+def test_gradient_of_a_swiglu_is_that_of_float64_by_formula_and_by_autodiff(rng, shape, weighted):
+    *lead, f = shape
+    d, h = (jnp.asarray(rng.standard_normal((*lead, n)), jnp.bfloat16) for n in (f, 2 * f))
+    weights = jnp.asarray(rng.standard_normal(lead), jnp.float32) if weighted else None
+    rows, columns, d_weights = quantize.swiglu_gradient(d, h, weights)
+    d64, gate, up = (np.asarray(x, np.float64) for x in (d, *jnp.split(h, 2, axis=-1)))
+    w64 = np.asarray(weights if weighted else np.ones(lead), np.float64)
+    s = 1 / (1 + np.exp(-gate))
+    want = np.concatenate([d64 * w64[..., None] * up * (s + gate * s * (1 - s)), d64 * w64[..., None] * gate * s], axis=-1)
+    want_weights = (d64 * gate * s * up).sum(-1)
+    with jax.enable_x64(True):
+        def hidden(h, w):
+            gate, up = jnp.split(h, 2, axis=-1)
+            return jnp.sum(jnp.asarray(d64) * w[..., None] * jax.nn.silu(gate) * up)
+        by_autodiff = jax.grad(hidden, (0, 1))(jnp.asarray(np.concatenate([gate, up], axis=-1)), jnp.asarray(w64))
+    for mine, theirs in zip((want, want_weights), by_autodiff, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-9, atol=1e-12)
+    for tile, (q, scale) in (((1, 128), rows), ((128, 1), columns)):
+        back = np.asarray(quantize.dequantize_tiles(q, scale, tile))
+        # half a step of three bits of mantissa, or of the tile's smallest numbers
+        assert (np.abs(back - want) <= np.abs(want) * 2.0**-4 * 1.001 + reference.spread(scale, tile, want.shape[-2:]) * 2.0**-10).all()
+    assert (d_weights is None) != weighted
+    if weighted:
+        np.testing.assert_allclose(d_weights, want_weights, rtol=1e-5, atol=1e-5)
 
 
 def test_only_cached_columns_in_rows_of_16_bytes_are_read_ahead_and_fit_the_memory_of_a_block():

@@ -4,5 +4,6 @@ from pallas_kernels.quantize.op import (  # noqa: F401
     quantize_tiles,
     quantize_weight,
     requantize_tiles,
+    swiglu_gradient,
     swiglu_quantize,
 )

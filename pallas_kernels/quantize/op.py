@@ -6,7 +6,8 @@
 | `quantize_both` | 1x128 and 128x1 in one read | a gradient: the dgrad wants rows, the weight gradient columns |
 | `requantize_tiles` | 1x128 (E4M3 or E5M6) -> other tiles, E4M3 | the cached input, for the weight gradient |
 | `quantize_weight` | 128x128 blocks, and the transposed copy, in one read | a weight: forward and dgrad |
-| `swiglu_quantize` | silu(gate) * up, then tiles, from bf16 or cached FP8 | forward; recomputation |
+| `swiglu_quantize` | silu(gate) * up, rows weighted or not, then tiles, from bf16 or cached FP8 | forward; recomputation |
+| `swiglu_gradient` | the gradient of that by gate and up, 1x128 and 128x1, and by the weights | backward |
 
 Layouts. Every result has the logical shape of the data: q like x, scale [ceil(M/tile_m), ceil(K/tile_k)]. On Hopper the
 bytes lie as the matmul kernels read them: scales of 1x128 tiles as [K/128, M], q of 128x1 tiles as [K, M] (FP8 wgmma
@@ -128,23 +129,48 @@ def dequantize_tiles(
     return reference.dequantize_tiles(q, scale, tuple(tile), dtype)
 
 
+def _check_weights(weights: jax.Array | None, rows: tuple[int, ...]) -> None:
+    if weights is not None and (weights.shape != rows or weights.dtype != jnp.float32):
+        raise ValueError(f"weights {weights.dtype}{weights.shape}: must be float32{rows}, one a row")
+
+
 def swiglu_quantize(
     gate_up: jax.Array, scale: jax.Array | None = None, tile: tuple[int, int] = (1, 128), power_of_two: bool = False,
-    *, implementation: str = "auto",
+    weights: jax.Array | None = None, *, implementation: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """silu(gate) * up in float32, then E4M3 tiles: gate_up [..., M, 2F] (gate first) -> q [..., M, F], its scale.
 
     With `scale` [..., M, 2F/128] (ceil), gate_up is its E4M3 values in 1x128 tiles: the recomputation in the backward.
+    `weights` f32 [..., M] multiply the rows, in float32: an expert's hidden rows by the gate.
     """
     tile = tuple(tile)
     if gate_up.ndim < 2 or gate_up.shape[-1] % 2 or tile not in TILES[:2]:
         raise ValueError(f"gate_up {gate_up.shape}, tile={tile}: must be [..., M, 2F] and one of {TILES[:2]}")
     if scale is not None:
         _check_scale(gate_up, scale, (1, 128))
+    _check_weights(weights, gate_up.shape[:-1])
     what = dict(columns=True) if tile == (128, 1) else dict(rows="e4m3")
-    if out := _run("swiglu_quantize", implementation, gate_up, scale, swiglu=True, power_of_two=power_of_two, **what):
-        return (out[0].mT, out[1]) if tile == (128, 1) else (out[0], out[1].mT)
+    if weights is None:  # no kernel takes them yet
+        if out := _run("swiglu_quantize", implementation, gate_up, scale, swiglu=True, power_of_two=power_of_two, **what):
+            return (out[0].mT, out[1]) if tile == (128, 1) else (out[0], out[1].mT)
     if scale is not None:
         gate_up = dequantize_tiles(gate_up, scale)
     x = reference.swiglu(gate_up)
+    x = x if weights is None else x * weights[..., None].astype(x.dtype)
     return reference.quantize_tiles(x, tile, "e4m3", power_of_two)
+
+
+def swiglu_gradient(
+    d_hidden: jax.Array, gate_up: jax.Array, weights: jax.Array | None = None, *, implementation: str = "auto"
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array], jax.Array | None]:
+    """The gradient of hidden = weights[:, None] * silu(gate) * up by gate_up, in float32, quantised both ways and never written
+    otherwise: d_hidden [..., M, F], gate_up [..., M, 2F], weights f32 [..., M] -> E4M3 (q [..., M, 2F], scale) in 1x128 tiles,
+    (q, scale) in 128x1 tiles, and the gradient of weights f32 [..., M] (None without), the same bits every run."""
+    if d_hidden.ndim < 2 or 0 in d_hidden.shape or gate_up.shape != (*d_hidden.shape[:-1], 2 * d_hidden.shape[-1]):
+        raise ValueError(f"d_hidden {d_hidden.shape}, gate_up {gate_up.shape}: must be [..., M, F] and [..., M, 2F]")
+    if d_hidden.dtype != gate_up.dtype or gate_up.dtype not in FLOATS:
+        raise ValueError(f"d_hidden is {d_hidden.dtype}, gate_up {gate_up.dtype}: must be the same float of 16 bits or more")
+    _check_weights(weights, d_hidden.shape[:-1])
+    choose("swiglu_gradient", implementation, "no kernel yet")
+    x, d_weights = reference.swiglu_gradient(d_hidden, gate_up, weights)
+    return *(reference.quantize_tiles(x, tile, "e4m3", False) for tile in ((1, 128), (128, 1))), d_weights

@@ -98,3 +98,13 @@ def swiglu(gate_up: jax.Array) -> jax.Array:
     """silu(gate) * up in float32 (float64 stays); gate is the first half of the last axis, up the second."""
     gate, up = jnp.split(gate_up if gate_up.dtype == jnp.float64 else gate_up.astype(jnp.float32), 2, axis=-1)
     return gate * jax.nn.sigmoid(gate) * up
+
+
+def swiglu_gradient(d_hidden: jax.Array, gate_up: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """Gradients of weights[:, None] * silu(gate) * up, float32: of gate_up [..., M, 2F] and of weights [..., M] (None without)."""
+    d, (gate, up) = d_hidden.astype(jnp.float32), jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+    s = jax.nn.sigmoid(gate)
+    silu = gate * s
+    d_weights = None if weights is None else jnp.sum(d * (silu * up), axis=-1)
+    d = d if weights is None else d * weights[..., None]
+    return jnp.concatenate([d * (up * (s + silu * (1 - s))), d * silu], axis=-1), d_weights
