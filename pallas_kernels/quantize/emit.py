@@ -1,6 +1,7 @@
 """What quantisation alone emits: magnitudes, scales and the rounding to E4M3 and E5M6."""
 import math
 
+from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.emit import Emit
@@ -10,6 +11,25 @@ from pallas_kernels.quantize.reference import FORMATS, TINY
 class QuantizeEmit(Emit):
     def max_u16x2(self, a, b):
         return self.asm(self.i32, "max.u16x2 $0, $1, $2;", [a, b], "=r,r,r", False)
+
+    def largest(self, values, maximum=arith.maxui):
+        out = values[0]
+        for v in values[1:]:
+            out = maximum(out, v)
+        return out
+
+    def largest_across(self, value, lanes, maximum=arith.maxui):
+        for step in lanes:
+            value = maximum(value, self.shuffle(value, self.int(step), "bfly"))
+        return value
+
+    def load_values(self, address, size, live):
+        """`size` bytes from GMEM in words, at most 16 bytes a load; zeros unless `live`."""
+        words = []
+        for n in range(0, size, 16):
+            at = arith.addi(address, arith.constant(self.i64, ir.IntegerAttr.get(self.i64, n)))
+            words += self.load(at, min(4, size // 4), live)
+        return words
 
     def pack(self, values, format):
         """Rounds scaled values to the format; words of four E4M3 or two float16."""
