@@ -7,7 +7,7 @@ import dataclasses
 
 import jax.numpy as jnp
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
+from jaxlib.mlir.dialects import arith, math, scf
 
 from pallas_kernels.quantize.emit import QuantizeEmit
 from pallas_kernels.quantize.reference import ceil_div
@@ -19,8 +19,13 @@ ROWS = 4  # of a thread
 class Share:
     """A thread's part of a tile: ROWS rows from row0, 8 columns from col0."""
 
+    exists: ir.Value  # the tile
     batch: ir.Value
+    tile_m: ir.Value
     tile_k: ir.Value
+    thread: ir.Value  # of the tile's 512
+    lane: ir.Value
+    group: ir.Value  # of 8 columns in the tile
     slot: ir.Value  # of ROWS rows in the tile
     column: ir.Value  # the first, in the tile
     row0: ir.Value
@@ -35,16 +40,34 @@ class Floats:
 
     def __init__(self, e: QuantizeEmit, x):
         self.e, self.x = e, x
-        self.size = [[arith.andi(e.bits(v), e.int(0x7FFFFFFF)) for v in row] for row in x]
+        self.sizes = [[arith.andi(e.bits(v), e.int(0x7FFFFFFF)) for v in row] for row in x]
+
+    def size(self, i, j):
+        return self.sizes[i][j]
 
     def value(self, i, j):
         return self.x[i][j]
 
     def row_maxima(self):
-        return [self.e.largest_across(self.e.largest(row), (8, 4, 2, 1)) for row in self.size]
+        return [self.e.largest_across(self.e.largest([self.size(i, j) for j in range(8)]), (8, 4, 2, 1)) for i in range(ROWS)]
 
     def column_maxima(self):
-        return [self.e.largest_across(self.e.largest([row[j] for row in self.size]), (16,)) for j in range(8)]
+        return [self.e.largest_across(self.e.largest([self.size(i, j) for i in range(ROWS)]), (16,)) for j in range(8)]
+
+
+class MadeFloats(Floats):
+    """The same, made in a branch, and what came of it beside. Magnitudes and maxima by an asm with effects, where they are used: LLVM would
+    keep the magnitudes beside the values, and take the maxima of columns only where they are stored."""
+
+    def __init__(self, e: QuantizeEmit, x, dots):
+        self.e, self.x, self.dots = e, x, dots
+
+    def size(self, i, j):
+        return self.e.asm(self.e.i32, "and.b32 $0, $1, 0x7fffffff;", [self.e.bits(self.x[i][j])], "=r,r")
+
+    def column_maxima(self):
+        e = self.e
+        return [e.largest_across(e.largest([self.size(i, j) for i in range(ROWS)]), (16,), e.max_u32) for j in range(8)]
 
 
 class Packed:
@@ -78,12 +101,15 @@ class Packed:
 
 
 class Source:
-    """Reads a `kernel.Job`'s operands: gmem their refs, smem the addresses of the ring's pieces (source, scales) or None."""
+    """Reads a `kernel.Job`'s operands: gmem their refs, smem the addresses of the ring's pieces (source, scales) or None. dots: where
+    the weights' gradient goes."""
 
-    def __init__(self, e: QuantizeEmit, job, gmem, smem):
-        self.e, self.job, self.smem = e, job, smem
+    def __init__(self, e: QuantizeEmit, job, gmem, smem, dots):
+        self.e, self.job, self.smem, self.dots = e, job, smem, dots
         self.x, *rest = gmem
         self.scale = rest.pop(0) if job.scaled else None
+        self.gate_up = rest.pop(0) if job.form == "swiglu_gradient" else None
+        self.weights = rest.pop(0) if job.weighted else None
         self.itemsize = jnp.dtype(job.source).itemsize
         self.pieces = 2 if job.form == "swiglu" else 1
         self.width = job.K * self.pieces  # columns of x
@@ -126,15 +152,81 @@ class Source:
             row = e.floats(packed(i), job.source)
             yield [arith.mulf(v, e.to_float(scales[i])) for v in row] if job.scaled else row
 
+    def _weights(self, share: Share):
+        """i -> the factor of row i. Each lane loads that of one row."""
+        e, half = self.e, arith.andi(share.lane, self.e.int(16))
+        i = e.rem(share.group, ROWS)
+        live = arith.andi(share.exists, e.less(e.add(share.row0, i), self.job.M))
+        own = e.load(e.pointer(self.weights, arith.extsi(e.i64, e.add(share.at_row[0], i)), 4), 1, live)[0]
+        return lambda i: e.to_float(e.shuffle(own, e.add(half, i), "idx"))
+
     def rows(self, share: Share):
         """ROWS x 8 floats, made a row at a time."""
         if self.job.form == "plain":
             yield from self._read(share)
             return
-        for gate, up in zip(self._read(share, 0), self._read(share, 1), strict=True):
-            yield [self.e.swiglu(g, u) for g, u in zip(gate, up, strict=True)]
+        weight = self._weights(share) if self.job.weighted else None
+        for i, (gate, up) in enumerate(zip(self._read(share, 0), self._read(share, 1), strict=True)):
+            x = [self.e.swiglu(g, u) for g, u in zip(gate, up, strict=True)]
+            if weight:
+                factor = weight(i)
+                x = [arith.mulf(v, factor) for v in x]
+            yield x
+
+    def _gradient(self, share: Share):
+        """The gradient by gate or, in the right half of the columns, by up. What the two share in L1 they load alike;
+        all loads are under way before the first use."""
+        e, job, F = self.e, self.job, self.job.K // 2
+        of_gate = e.less(share.tile_k, F // 128)
+        col = arith.select(of_gate, share.col0, e.add(share.col0, -F))
+        weight = self._weights(share) if job.weighted else None
+
+        def load(ref, pitch, col, live):
+            return [e.load16(e.pointer(ref, e.element(row, pitch, col), 2), lives) for row, lives in zip(share.at_row, live, strict=True)]
+
+        gate, d = load(self.gate_up, job.K, col, share.live), load(self.x, F, col, share.live)
+        up = load(self.gate_up, job.K, e.add(col, F), [arith.andi(live, of_gate) for live in share.live])
+        made = scf.IfOp(of_gate, [e.f32] * (ROWS * 8 + (ROWS if weight else 0)), has_else=True)
+        with ir.InsertionPoint(made.then_block):
+            x, dots = [], [e.float(0.0)] * ROWS if weight else []
+            for i in range(ROWS):
+                for g, u, d_hidden in zip(*(e.floats(words[i], job.source) for words in (gate, up, d)), strict=True):
+                    s = e.sigmoid(g)
+                    silu = arith.mulf(g, s)
+                    if weight:
+                        dots[i] = math.fma(d_hidden, arith.mulf(silu, u), dots[i])
+                    x.append(arith.mulf(d_hidden, arith.mulf(u, math.fma(silu, arith.subf(e.float(1.0), s), s))))
+            scf.yield_(x + dots)
+        with ir.InsertionPoint(made.else_block):
+            x = []
+            for i in range(ROWS):
+                for g, d_hidden in zip(*(e.floats(words[i], job.source) for words in (gate, d)), strict=True):
+                    silu = arith.mulf(g, e.sigmoid(g))
+                    x.append(arith.mulf(d_hidden, silu))
+            scf.yield_(x + [e.float(0.0)] * len(dots))
+        x = list(made.results)
+        x, dots = [x[8 * i:8 * i + 8] for i in range(ROWS)], x[ROWS * 8:]
+        if weight:
+            x = [[arith.mulf(v, factor) for v in row] for row, factor in zip(x, map(weight, range(ROWS)), strict=True)]
+        return MadeFloats(e, x, dots)
+
+    def store_dots(self, share: Share, dots):
+        """A gate's tile's sums over its columns, [batch, F/128, M]. dots: the thread's own of each row."""
+        e, job, tiles = self.e, self.job, self.job.K // 256
+        for lanes in (8, 4):  # half of the rows stay, the others' sums go to the lane that keeps those
+            keep_right, n = e.less(e.int(0), arith.andi(share.lane, e.int(lanes))), len(dots) // 2
+            kept, given = ([arith.select(keep_right, a, b) for a, b in zip(*halves, strict=True)]
+                           for halves in ((dots[n:], dots[:n]), (dots[:n], dots[n:])))
+            dots = [arith.addf(k, e.to_float(e.shuffle(e.bits(g), e.int(lanes), "bfly"))) for k, g in zip(kept, given, strict=True)]
+        (dot,) = e.across(dots, 4)
+        row = e.add(share.row0, e.div(share.group, 4))
+        live = arith.andi(arith.andi(share.exists, e.less(share.tile_k, tiles)), e.less(row, job.M))
+        line = e.element(e.add(e.mul(share.batch, tiles), share.tile_k), job.M, row)
+        e.store(e.pointer(self.dots, line, 4), [e.bits(dot)], arith.andi(live, e.less(e.rem(share.group, 4), 1)))
 
     def values(self, share: Share) -> Floats | Packed:
+        if self.job.form == "swiglu_gradient":
+            return self._gradient(share)
         if self.job.source == "bfloat16" and self.job.form == "plain":
             return Packed(self.e, list(map(self._packed_rows(share), range(ROWS))))
         return Floats(self.e, list(self.rows(share)))

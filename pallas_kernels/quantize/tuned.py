@@ -18,7 +18,7 @@ ONE, PAIR, STAGED = Tuning(), Tuning(tiles=2), Tuning(tiles=2, stages=2)
 
 def direct(job) -> Tuning:
     """For a `kernel.Job`, without TMA."""
-    return PAIR if job.form == "swiglu" or job.rows and job.columns and not job.block else ONE
+    return PAIR if job.form != "plain" or job.rows and job.columns and not job.block else ONE
 
 
 def pick(job) -> Tuning:
