@@ -25,7 +25,7 @@ from pallas_kernels.gate import route, route_backward
 from pallas_kernels.gate.reference import Rule
 from pallas_kernels.latent_norm import latent_norm, latent_norm_backward
 from pallas_kernels.norm import rms_norm, rms_norm_backward
-from pallas_kernels.quantize.reference import swiglu
+from pallas_kernels.quantize.reference import swiglu, swiglu_gradient
 from pallas_kernels.rows import gather, gather_sum, weighted_backward
 from pallas_kernels.target import is_hopper
 
@@ -248,8 +248,29 @@ def quantisation(m: int, k: int):
                                    1.5 * m * k + 1.5 * scales),
     }
     yield Case("copy (x + 1)", f"{m} x {k}", *copy, 0, 4 * m * k, "bf16")
+    yield from fused_gradients(m, k)
     for name, (run, operands, moved) in forms.items():
         yield Case(f"quantise {name}", f"{m} x {k}", run, operands, 0, moved)
+
+
+def fused_gradients(m: int, k: int):
+    """SwiGLU's gradient [m, k] quantised both ways as it is made; XLA's side makes it in bf16, then quantises it."""
+    weights, d_hidden, gate_up = jnp.ones(m), random(m, k // 2), random(m, k)
+
+    def written(rows, columns, *rest):
+        return rows[0], rows[1].T, columns[0].T, columns[1], *rest
+
+    def gradient(d_hidden, gate_up, weights):
+        return written(*quantize.swiglu_gradient(d_hidden, gate_up, weights))
+
+    def apart(d_hidden, gate_up, weights):
+        x, d_weights = swiglu_gradient(d_hidden, gate_up, weights)
+        return written(*quantize.quantize_both(jax.lax.optimization_barrier(x.astype(jnp.bfloat16))), d_weights)
+
+    operands, moved = (d_hidden, gate_up, weights), (3 + 2) * m * k + 8 * m * k / 128 + 8 * m
+    yield Case("quantise swiglu gradient", f"{m} x {k}", gradient, operands, 0, moved, baseline=(apart, operands))
+    yield Case("quantise swiglu, weighted", f"{m} x {k}", lambda x, w: (lambda q, s: (q, s.T))(*quantize.swiglu_quantize(x, weights=w)),
+               (gate_up, weights), 0, 2.5 * m * k + 2 * m * k / 128 + 4 * m)
 
 
 def moved_rows(m: int, d: int, k: int, e: int):

@@ -106,6 +106,41 @@ def test_fused_forms_are_their_parts():
             same(got, want)
 
 
+@pytest.mark.parametrize("shape", [(2, 144, 384), (272, 1040), (4096, 4096)])
+def test_weighted_rows_of_a_fused_swiglu_are_the_reference(shape):
+    h, weights = random(0, *shape).astype(jnp.bfloat16), random(1, *shape[:-1]).at[..., 3].set(0)
+    cached = quantise(h, (1, 128), "e4m3", False)
+    for source in (h,), cached:
+        if len(source) == 2 and shape[-1] % 256:
+            continue
+        for tile in ((1, 128), (128, 1)):
+            got, again, want = (jax.jit(functools.partial(quantize.swiglu_quantize, tile=tile, weights=weights, implementation=i))(*source)
+                                for i in ("kernel", "kernel", "reference"))
+            same(got, again)
+            np.testing.assert_allclose(got[1], want[1], rtol=1e-5)
+            same(got[:1], want[:1], 1e-3)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shape", [(3, 144, 128), (272, 512), (4096, 2048), (16, 384)])
+def test_gradient_of_a_swiglu_is_the_reference_within_a_step_and_the_same_bits_twice(shape, weighted):
+    d, h = random(0, *shape).astype(jnp.bfloat16), (4 * random(1, *shape[:-1], 2 * shape[-1])).astype(jnp.bfloat16)
+    d, h = d.at[..., 1, :].set(0), h.at[..., 2, 5].set(-200).at[..., 3, 5].set(200)
+    weights = random(2, *shape[:-1]).at[..., 4].set(0) if weighted else None
+    got, again, want = (jax.jit(functools.partial(quantize.swiglu_gradient, implementation=i))(d, h, weights)
+                        for i in ("kernel", "kernel", "reference"))
+    same(jax.tree.leaves(got), jax.tree.leaves(again))
+    for tile, (q, scale), (want_q, want_scale) in zip(((1, 128), (128, 1)), got, want, strict=False):
+        np.testing.assert_allclose(scale, want_scale, rtol=1e-5)
+        same((q,), (want_q,), 1e-3)
+        back, want_back = (quantize.dequantize_tiles(*pair, tile) for pair in ((q, scale), (want_q, want_scale)))
+        step = jnp.maximum(jnp.abs(want_back) / 8, reference.spread(want_scale, tile, q.shape[-2:]) * 2.0**-9)
+        assert bool((jnp.abs(back - want_back) <= 1.001 * step).all())
+    assert (got[2] is None) != weighted
+    if weighted:
+        assert float(jnp.linalg.norm(got[2] - want[2]) / jnp.linalg.norm(want[2])) < 1e-5
+
+
 @pytest.mark.parametrize("shape", [(2, 144, 384), (3, 16, 48), (2064, 576), (16, 56), (4096, 7168)])
 def test_cached_tiles_are_turned_bit_for_bit_at_any_size_and_beside_other_batches(shape):
     for format_, power in (("e4m3", False), ("e5m6", True)):

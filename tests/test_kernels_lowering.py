@@ -88,6 +88,14 @@ KERNELS = {
     "requantise, batched": (functools.partial(quantize.requantize_tiles, implementation="kernel"),
                             (S((2, 144, 384), jnp.float16), S((2, 144, 3), F32))),
     "swiglu": (functools.partial(quantize.swiglu_quantize, tile=(128, 1), implementation="kernel"), rows(256, 1024)),
+    **{f"swiglu {tile[0]}x{tile[1]}{', weighted' * weighted}": (
+           lambda h, *w, tile=tile: quantize.swiglu_quantize(h, None, tile, False, *w, implementation="kernel"),
+           (S((272, 1040), BF16), *[S((272,), F32)] * weighted)) for tile in ((1, 128), (128, 1)) for weighted in (False, True)},
+    "swiglu from FP8, weighted": (lambda q, s, w: quantize.swiglu_quantize(q, s, (128, 1), False, w, implementation="kernel"),
+                                  (*rows(256, 1024), S((256,), F32))),
+    **{f"swiglu gradient{', weighted' * weighted}": (
+           functools.partial(quantize.swiglu_gradient, implementation="kernel"),
+           (S((272, 512), BF16), S((272, 1024), BF16), *[S((272,), F32)] * weighted)) for weighted in (False, True)},
     "rows, gather": (functools.partial(gather, implementation="kernel"), (S((4096, 1024), BF16), S((20480,), I32))),
     "rows, gather bytes": (functools.partial(gather, implementation="kernel"), (S((300, 7168), jnp.uint8), S((900,), I32))),
     "rows, sum of 4": (functools.partial(gather_sum, implementation="kernel"),

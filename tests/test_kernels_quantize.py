@@ -169,11 +169,11 @@ def test_only_cached_columns_in_rows_of_16_bytes_are_read_ahead_and_fit_the_memo
     assert tuned.pick(job(7168)).stages and tuned.pick(job(48)).stages and not tuned.pick(job(56)).stages
     assert not tuned.pick(job(7168, scaled=False, source="bfloat16")).stages
     assert not tuned.pick(job(7168, columns=False, rows="e4m3")).stages
-    assert not tuned.pick(job(7168, swiglu=True, source="float16")).stages
-    for source, bytes_, swiglu in (("float8_e4m3fn", 1, False), ("float8_e4m3fn", 1, True), ("float16", 2, False)):
-        j = job(7168, source=source, swiglu=swiglu)
+    assert not tuned.pick(job(7168, form="swiglu", source="float16")).stages
+    for source, bytes_, form in (("float8_e4m3fn", 1, "plain"), ("float8_e4m3fn", 1, "swiglu"), ("float16", 2, "plain")):
+        j = job(7168, source=source, form=form)
         t = tuned.pick(j)
-        assert t.tiles * (16384 + 512 + t.stages * (1 + swiglu) * (16384 * bytes_ + 512)) < 226 * 1024
+        assert t.tiles * (16384 + 512 + t.stages * (1 + (form == "swiglu")) * (16384 * bytes_ + 512)) < 226 * 1024
         assert kernel.grid(j, t) == 132 and kernel.grid(job(128), tuned.pick(job(128))) == 16
 
 

@@ -1,7 +1,8 @@
 """What quantisation alone emits: magnitudes, scales and the rounding to E4M3 and E5M6."""
 import math
 
-from jaxlib.mlir.dialects import arith
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.emit import Emit
 from pallas_kernels.quantize.reference import FORMATS, TINY
@@ -10,6 +11,49 @@ from pallas_kernels.quantize.reference import FORMATS, TINY
 class QuantizeEmit(Emit):
     def max_u16x2(self, a, b):
         return self.asm(self.i32, "max.u16x2 $0, $1, $2;", [a, b], "=r,r,r", False)
+
+    def max_u32(self, a, b):
+        """With effects: LLVM leaves it where it stands."""
+        return self.asm(self.i32, "max.u32 $0, $1, $2;", [a, b], "=r,r,r")
+
+    def largest(self, values, maximum=arith.maxui):
+        out = values[0]
+        for v in values[1:]:
+            out = maximum(out, v)
+        return out
+
+    def largest_across(self, value, lanes, maximum=arith.maxui):
+        for step in lanes:
+            value = maximum(value, self.shuffle(value, self.int(step), "bfly"))
+        return value
+
+    def load_values(self, address, size, live):
+        """`size` bytes from GMEM in words, at most 16 bytes a load; zeros unless `live`."""
+        words = []
+        for n in range(0, size, 16):
+            at = arith.addi(address, arith.constant(self.i64, ir.IntegerAttr.get(self.i64, n)))
+            words += self.load(at, min(4, size // 4), live)
+        return words
+
+    def load16(self, address, live):
+        """Four words from GMEM, zeros unless `live`, kept in L1 for the block's other tile. With effects: loads stay together."""
+        out = self.asm(llvm.StructType.get_literal([self.i32] * 4),
+                       "{\n.reg .pred p;\nsetp.ne.b32 p, $5, 0;\nmov.b32 $0, 0;\nmov.b32 $1, 0;\nmov.b32 $2, 0;\nmov.b32 $3, 0;\n"
+                       "@p ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];\n}",
+                       [address, arith.extui(self.i32, live)], "=&r,=&r,=&r,=&r,l,r")
+        return [llvm.extractvalue(self.i32, out, [i]) for i in range(4)]
+
+    def sigmoid(self, x):
+        # With effects, as in `swiglu`.
+        power = self.asm(self.f32, "ex2.approx.ftz.f32 $0, $1;", [arith.mulf(x, self.float(-1.4426950408889634))], "=f,f")
+        return self.asm(self.f32, "rcp.approx.ftz.f32 $0, $1;", [arith.addf(power, self.float(1.0))], "=f,f")
+
+    def of_row(self, values, row):
+        """values[row mod their number]."""
+        own = values[0]
+        for i, value in enumerate(values[1:], 1):
+            own = arith.select(arith.cmpi(arith.CmpIPredicate.eq, self.rem(row, len(values)), self.int(i)), value, own)
+        return own
 
     def pack(self, values, format):
         """Rounds scaled values to the format; words of four E4M3 or two float16."""

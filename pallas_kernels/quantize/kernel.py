@@ -21,10 +21,15 @@ from pallas_kernels import hopper
 from pallas_kernels.quantize import staged, tuned
 from pallas_kernels.quantize.emit import QuantizeEmit
 from pallas_kernels.quantize.reference import FORMATS, ceil_div
+from pallas_kernels.quantize.sources import ROWS, Share, Source
 
 REF = plgpu.RefType()
 SCALAR = plgpu.Layout.WG_SPLAT(())
-ROWS = 4  # of a thread
+
+
+# plain: the source [batch, M, K]. swiglu: silu(gate) * up of [batch, M, 2 K]: gate, up. swiglu_gradient: [batch, M, K]: that by gate
+# and up, of the gradient [batch, M, K / 2] of what the SwiGLU makes and gate and up [batch, M, K].
+FORMS = ("plain", "swiglu", "swiglu_gradient")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,18 +40,26 @@ class Job:
     M: int
     K: int
     source: str  # dtype of what is read
+    form: str = "plain"  # what is quantised, of FORMS
     scaled: bool = False  # the source is in 1x128 tiles, its scale [batch, blocks, M] comes with it
-    swiglu: bool = False  # the source is [batch, M, 2 K]: gate, up
+    weighted: bool = False  # a factor a row [batch, M] comes last
     rows: str | None = None  # format of the copy that keeps the layout
     columns: bool = False  # E4M3 copy as [K, M]
     block: bool = False  # one scale per 128 x 128 instead of 1 x 128 and 128 x 1
     power_of_two: bool = False
 
+    @property
+    def dots(self) -> bool:
+        """Whether the gradient of the weights is written too."""
+        return self.weighted and self.form == "swiglu_gradient"
+
 
 def unfit(job: Job) -> str:
     """Why the kernel does not take this job ('' when it does)."""
-    if job.K % 8 or job.swiglu and job.scaled and job.K % 128:
+    if job.K % 8 or job.form == "swiglu" and job.scaled and job.K % 128:
         return f"{job.K} columns: must be a multiple of {128 if job.K % 8 == 0 else 8}"
+    if job.form == "swiglu_gradient" and (job.K % 256 or job.source != "bfloat16"):
+        return f"{job.K // 2} columns of {job.source}: must be a multiple of 128, in bfloat16"
     if job.columns and job.M % 16:
         return f"{job.M} rows: must be a multiple of 16 for a transposed copy"
     if job.source not in ("bfloat16", "float16", "float32", "float8_e4m3fn"):
@@ -54,202 +67,133 @@ def unfit(job: Job) -> str:
     return ""
 
 
-def _body(job: Job, tuning: tuned.Tuning):
-    itemsize = jnp.dtype(job.source).itemsize
+def _body(job: Job, tuning: tuned.Tuning, operands: int):
+    """operands: how many the source has; results and scratch follow them."""
     k_tiles, m_tiles = ceil_div(job.K, 128), ceil_div(job.M, 128)
-    sources = 2 if job.swiglu else 1
-    source_k = job.K * sources
 
     def body(ctx, block, *refs):
         e = QuantizeEmit()
-        refs = list(refs)
-        x_gmem = refs.pop(0)
-        s_gmem = refs.pop(0) if job.scaled else None
+        gmem, refs = refs[:operands], list(refs[operands:])
         q_gmem = refs.pop(0) if job.rows else None
         rows_gmem = refs.pop(0) if job.rows and not job.block else None
         t_gmem = refs.pop(0) if job.columns else None
         columns_gmem = refs.pop(0) if job.columns and not job.block else None
         block_gmem = refs.pop(0) if job.block else None
+        dots_gmem = refs.pop(0) if job.dots else None
         amax_smem, bytes_smem, *ring = refs
         of_parts = [llvm.ptrtoint(e.i32, utils.memref_ptr(r)) for r in (amax_smem, bytes_smem)]
 
         thread = utils.thread_idx()
         own_part, own_thread = e.div(thread, 512), e.rem(thread, 512)
         worker = e.add(e.mul(block.registers.item(), tuning.tiles), own_part)
-        x_smem, s_smem = (llvm.ptrtoint(e.i32, utils.memref_ptr(r)) for r in ring[:2]) if tuning.stages else (None, None)
+        smem = [llvm.ptrtoint(e.i32, utils.memref_ptr(r)) for r in ring[:2]] if tuning.stages else None
+        source = Source(e, job, gmem, smem, dots_gmem)
 
         def place(block):
             """Batch, row tile and column tile of a block of 128 x 128."""
+            if job.form == "swiglu_gradient":  # the gate's and the up's tile of the same columns are neighbours
+                half, block = e.rem(block, 2), e.div(block, 2)
+                of_half = k_tiles // 2
+                return (e.div(block, of_half * m_tiles), e.rem(e.div(block, of_half), m_tiles),
+                        e.add(e.mul(half, of_half), e.rem(block, of_half)))
             return e.div(block, k_tiles * m_tiles), e.rem(e.div(block, k_tiles), m_tiles), e.rem(block, k_tiles)
 
-        def tile(block, exists, stage=None, refill=None):
+        def share_of(block, exists, thread, stage):
             batch, tile_m, tile_k = place(block)
-            thread, part = (own_thread, own_part) if stage is None else (e.anew(own_thread), e.anew(own_part))
-            amax_smem, bytes_smem = (e.add(at, e.mul(part, n)) for at, n in zip(of_parts, (512, 128 * 128), strict=True))
-            alone = part if tuning.stages and tuning.tiles > 1 else None  # whose barriers are its own
             lane, warp = e.rem(thread, 32), e.div(thread, 32)
             group, column = e.rem(lane, 16), e.mul(e.rem(lane, 16), 8)
-            slot = e.add(e.mul(warp, 2), e.div(lane, 16))  # of ROWS rows
+            slot = e.add(e.mul(warp, 2), e.div(lane, 16))
             row0, col0 = e.add(e.mul(tile_m, 128), e.mul(slot, ROWS)), e.add(e.mul(tile_k, 128), column)
             in_columns = arith.andi(exists, e.less(col0, job.K))
             live = [arith.andi(e.less(e.add(row0, i), job.M), in_columns) for i in range(ROWS)]
             at_row = [e.add(e.mul(batch, job.M), row0, i) for i in range(ROWS)]
+            return Share(exists, batch, tile_m, tile_k, thread, lane, group, slot, column, row0, col0, at_row, live, stage)
 
-            def packed_rows(source=0):
-                """i -> the 8 values of row i; source 1 is the other half of the columns. GMEM is asked for all at once."""
-                if stage is not None:
-                    first = e.add(e.mul(e.add(e.mul(stage, sources), source), 128), e.mul(slot, ROWS))
-                    return lambda i: e.load_shared(
-                        e.add(x_smem, e.mul(e.add(e.mul(e.add(first, i), 128), column), itemsize)), itemsize * 2)
-                words = []
-                for i in range(ROWS):
-                    address = e.pointer(x_gmem, e.element(at_row[i], source_k, e.add(col0, source * job.K)), itemsize)
-                    words.append([])
-                    for n in range(max(itemsize * 8 // 16, 1)):
-                        at = arith.addi(address, arith.constant(e.i64, ir.IntegerAttr.get(e.i64, 16 * n)))
-                        words[i] += e.load(at, min(4, itemsize * 2), live[i])
-                return words.__getitem__
-
-            def scales_of_rows(source):
-                if stage is not None:
-                    first = e.add(e.mul(e.add(e.mul(stage, sources), source), 128), e.mul(slot, ROWS))
-                    return e.load_shared(e.add(s_smem, e.mul(first, 4)), ROWS)
-                line = e.add(e.mul(batch, ceil_div(source_k, 128)), tile_k, source * job.K // 128)
-                return [e.load(e.pointer(s_gmem, e.element(line, job.M, e.add(row0, i)), 4), 1, live[i])[0] for i in range(ROWS)]
-
-            def read(source=0):
-                """ROWS x 8 floats, a row at a time."""
-                packed, scales = packed_rows(source), scales_of_rows(source) if job.scaled else None
-                for i in range(ROWS):
-                    row = e.floats(packed(i), job.source)
-                    yield [arith.mulf(v, e.to_float(scales[i])) for v in row] if job.scaled else row
-
-            def largest(values, maximum=arith.maxui):
-                out = values[0]
-                for v in values[1:]:
-                    out = maximum(out, v)
-                return out
-
-            def across(value, lanes, maximum=arith.maxui):
-                for step in lanes:
-                    value = maximum(value, e.shuffle(value, e.int(step), "bfly"))
-                return value
+        def tile(block, exists, stage=None, refill=None):
+            thread, part = (own_thread, own_part) if stage is None else (e.anew(own_thread), e.anew(own_part))
+            amax_smem, bytes_smem = (e.add(at, e.mul(part, n)) for at, n in zip(of_parts, (512, 128 * 128), strict=True))
+            alone = part if tuning.stages and tuning.tiles > 1 else None  # whose barriers are its own
+            at = share_of(block, exists, thread, stage)
 
             def store_row(i, values):
                 size = 1 if job.rows == "e4m3" else 2
-                e.store(e.pointer(q_gmem, e.element(at_row[i], job.K, col0), size), e.pack(values, job.rows), live[i])
+                e.store(e.pointer(q_gmem, e.element(at.at_row[i], job.K, at.col0), size), e.pack(values, job.rows), at.live[i])
 
             def store_row_scale(row, scale, keep):
-                line = e.element(e.add(e.mul(batch, k_tiles), tile_k), job.M, row)
+                line = e.element(e.add(e.mul(at.batch, k_tiles), at.tile_k), job.M, row)
                 e.store(e.pointer(rows_gmem, line, 4), [e.bits(scale)], arith.andi(arith.andi(exists, keep), e.less(row, job.M)))
 
-            if job.swiglu and not job.columns:  # row by row: no more than one is in float32
-                for i, (gate, up) in enumerate(zip(read(0), read(1), strict=True)):
-                    x = [e.swiglu(g, u) for g, u in zip(gate, up, strict=True)]
-                    amax = across(largest([arith.andi(e.bits(v), e.int(0x7FFFFFFF)) for v in x]), (8, 4, 2, 1))
-                    scale, inverse = e.scale(amax, job.rows, job.power_of_two)
-                    store_row_scale(e.add(row0, i), scale, e.less(group, 1))
+            if job.form == "swiglu" and not job.columns:  # row by row: no more than one is in float32
+                for i, x in enumerate(source.rows(at)):
+                    size = [arith.andi(e.bits(v), e.int(0x7FFFFFFF)) for v in x]
+                    scale, inverse = e.scale(e.largest_across(e.largest(size), (8, 4, 2, 1)), job.rows, job.power_of_two)
+                    store_row_scale(e.add(at.row0, i), scale, e.less(at.group, 1))
                     store_row(i, [arith.mulf(v, inverse) for v in x])
                 return
-            if job.source == "bfloat16" and not job.swiglu:
-                # Stays packed in half the registers: an asm with effects keeps LLVM from unpacking it all at once.
-                packed = list(map(packed_rows(), range(ROWS)))
-                size = [[arith.andi(w, e.int(0x7FFF7FFF)) for w in row] for row in packed]
+            x = source.values(at)
+            if job.form == "swiglu_gradient":  # takes all registers that there are
+                at = share_of(e.anew(block), exists, e.anew(own_thread), stage)
+                if job.dots:
+                    source.store_dots(at, x.dots)
 
-                def value(i, j):
-                    ptx = "and.b32 $0, $1, 0xffff0000;" if j % 2 else "shl.b32 $0, $1, 16;"
-                    return e.to_float(e.asm(e.i32, ptx, [packed[i][j // 2]], "=r,r"))
-
-                def halves(word):  # as magnitudes of float32
-                    return [arith.shli(word, e.int(16)), arith.andi(word, e.int(0xFFFF0000))]
-
-                def row_maxima():
-                    rows = [largest(row, e.max_u16x2) for row in size]
-                    rows = [e.max_u16x2(w, arith.shrui(w, e.int(16))) for w in rows]
-                    pairs = [arith.ori(arith.andi(rows[i], e.int(0xFFFF)), arith.shli(rows[i + ROWS // 2], e.int(16)))
-                             for i in range(ROWS // 2)]
-                    pairs = [halves(across(w, (8, 4, 2, 1), e.max_u16x2)) for w in pairs]
-                    return [p[0] for p in pairs] + [p[1] for p in pairs]
-
-                def column_maxima():
-                    words = [across(largest([row[j] for row in size], e.max_u16x2), (16,), e.max_u16x2) for j in range(4)]
-                    return [m for w in words for m in halves(w)]
-            else:
-                if job.swiglu:
-                    x = [[e.swiglu(g, u) for g, u in zip(*pair, strict=True)] for pair in zip(read(0), read(1), strict=True)]
-                else:
-                    x = list(read())
-                size = [[arith.andi(e.bits(v), e.int(0x7FFFFFFF)) for v in row] for row in x]
-
-                def value(i, j):
-                    return x[i][j]
-
-                def row_maxima():
-                    return [across(largest(row), (8, 4, 2, 1)) for row in size]
-
-                def column_maxima():
-                    return [across(largest([row[j] for row in size]), (16,)) for j in range(8)]
-
-            first_half = e.less(lane, 16)
+            first_half = e.less(at.lane, 16)
             if job.columns or job.block:  # maxima of columns (or of everything) meet in SMEM
-                with utils.when(e.less(thread, 128)):
-                    e.void("st.shared.b32 [$0], $1;", [e.add(amax_smem, e.mul(thread, 4)), e.int(0)], "r,r,~{memory}")
+                with utils.when(e.less(at.thread, 128)):
+                    e.void("st.shared.b32 [$0], $1;", [e.add(amax_smem, e.mul(at.thread, 4)), e.int(0)], "r,r,~{memory}")
                 e.barrier(alone)
-                maxima = column_maxima()
+                maxima = x.column_maxima()
                 if job.block:
-                    maxima = [across(largest(maxima), (8, 4, 2, 1))]
-                with utils.when(e.less(lane, 1) if job.block else first_half):
+                    maxima = [e.largest_across(e.largest(maxima), (8, 4, 2, 1))]
+                with utils.when(e.less(at.lane, 1) if job.block else first_half):
                     for j, m in enumerate(maxima):
-                        at = amax_smem if job.block else e.add(amax_smem, e.mul(column, 4), 4 * j)
-                        e.void("red.shared.max.u32 [$0], $1;", [at, m], "r,r,~{memory}")
+                        slot = amax_smem if job.block else e.add(amax_smem, e.mul(at.column, 4), 4 * j)
+                        e.void("red.shared.max.u32 [$0], $1;", [slot, m], "r,r,~{memory}")
                 e.barrier(alone)
                 if refill:
                     refill()
-                mine = amax_smem if job.block else e.add(amax_smem, e.mul(e.rem(thread, 128), 4))
+                mine = amax_smem if job.block else e.add(amax_smem, e.mul(e.rem(at.thread, 128), 4))
                 amax = e.asm(e.i32, "ld.shared.b32 $0, [$1];", [mine], "=r,r,~{memory}")
                 scale, inverse = e.scale(amax, "e4m3", job.power_of_two)
                 if job.block:
-                    line = e.element(e.add(e.mul(batch, m_tiles), tile_m), k_tiles, tile_k)
-                    e.store(e.pointer(block_gmem, line, 4), [e.bits(scale)], arith.andi(exists, e.less(thread, 1)))
+                    line = e.element(e.add(e.mul(at.batch, m_tiles), at.tile_m), k_tiles, at.tile_k)
+                    e.store(e.pointer(block_gmem, line, 4), [e.bits(scale)], arith.andi(exists, e.less(at.thread, 1)))
                     column_inverse = row_inverse = [inverse] * 8
                 else:
-                    batch, tile_m, tile_k = place(block if stage is None else e.anew(block))
-                    at = e.add(e.mul(tile_k, 128), thread)
-                    line = e.element(e.add(e.mul(batch, m_tiles), tile_m), job.K, at)
+                    if stage is not None:
+                        at = dataclasses.replace(at, **dict(zip(("batch", "tile_m", "tile_k"), place(e.anew(block)), strict=True)))
+                    col = e.add(e.mul(at.tile_k, 128), at.thread)
+                    line = e.element(e.add(e.mul(at.batch, m_tiles), at.tile_m), job.K, col)
                     e.store(e.pointer(columns_gmem, line, 4), [e.bits(scale)],
-                            arith.andi(e.less(thread, 128), arith.andi(exists, e.less(at, job.K))))
+                            arith.andi(e.less(at.thread, 128), arith.andi(exists, e.less(col, job.K))))
                     e.barrier(alone)  # all have read the maxima
                     e.void("st.shared.b32 [$0], $1;", [mine, e.bits(inverse)], "r,r,~{memory}")
                     e.barrier(alone)
                     column_inverse = [e.to_float(w) for j in (0, 4)
-                                      for w in e.load_shared(e.add(amax_smem, e.mul(column, 4), 4 * j), 4)]
+                                      for w in e.load_shared(e.add(amax_smem, e.mul(at.column, 4), 4 * j), 4)]
 
             if job.rows:
                 if not job.block:
-                    maxima = row_maxima()
-                    own = maxima[0]  # lane group g works out the scale of row g mod ROWS
-                    for i in range(1, ROWS):
-                        own = arith.select(arith.cmpi(arith.CmpIPredicate.eq, e.rem(group, ROWS), e.int(i)), maxima[i], own)
+                    maxima = x.row_maxima()
+                    own = e.of_row(maxima, at.group)  # each lane works out the scale of one row
                     scale, inverse = e.scale(own, job.rows, job.power_of_two)
-                    store_row_scale(e.add(row0, group), scale, e.less(group, ROWS))
-                    half = arith.andi(lane, e.int(16))
+                    store_row_scale(e.add(at.row0, at.group), scale, e.less(at.group, ROWS))
+                    half = arith.andi(at.lane, e.int(16))
                     row_inverse = [e.to_float(e.shuffle(e.bits(inverse), e.add(half, i), "idx")) for i in range(ROWS)]
                 for i in range(ROWS):
-                    store_row(i, [arith.mulf(value(i, j), row_inverse[i]) for j in range(8)])
+                    store_row(i, [arith.mulf(x.value(i, j), row_inverse[i]) for j in range(8)])
 
             if job.columns:
-                swizzled = e.mul(arith.xori(slot, e.mul(group, 2)), 4)
+                swizzled = e.mul(arith.xori(at.slot, e.mul(at.group, 2)), 4)
                 for j in range(8):
-                    words = e.pack([arith.mulf(value(i, j), column_inverse[j]) for i in range(ROWS)], "e4m3")
-                    at = e.add(bytes_smem, e.mul(column, 128), 128 * j, swizzled)
-                    e.void("st.shared.b32 [$0], $1;", [at, *words], "r,r,~{memory}")
+                    words = e.pack([arith.mulf(x.value(i, j), column_inverse[j]) for i in range(ROWS)], "e4m3")
+                    word = e.add(bytes_smem, e.mul(at.column, 128), 128 * j, swizzled)
+                    e.void("st.shared.b32 [$0], $1;", [word, *words], "r,r,~{memory}")
                 e.barrier(alone)
                 for i in range(4):
-                    col = e.add(slot, 32 * i)
-                    at = e.add(bytes_smem, e.mul(col, 128), e.mul(arith.xori(group, e.div(col, 8)), 8))
-                    words = e.load_shared(at, 2)
-                    out_col, out_row = e.add(e.mul(tile_k, 128), col), e.add(e.mul(tile_m, 128), column)
-                    line = e.element(e.add(e.mul(batch, job.K), out_col), job.M, out_row)
+                    col = e.add(at.slot, 32 * i)
+                    words = e.load_shared(e.add(bytes_smem, e.mul(col, 128), e.mul(arith.xori(at.group, e.div(col, 8)), 8)), 2)
+                    out_col, out_row = e.add(e.mul(at.tile_k, 128), col), e.add(e.mul(at.tile_m, 128), at.column)
+                    line = e.element(e.add(e.mul(at.batch, job.K), out_col), job.M, out_row)
                     e.store(e.pointer(t_gmem, line, 1), words,
                             arith.andi(arith.andi(exists, e.less(out_col, job.K)), e.less(out_row, job.M)))
 
@@ -258,16 +202,12 @@ def _body(job: Job, tuning: tuned.Tuning):
             tile(worker, e.less(worker, tiles))
             return
 
-        def origins(block):
-            batch, tile_m, tile_k = place(block)
-            row, col = e.mul(tile_m, 128), e.mul(tile_k, 128)
-            return [((batch, row, e.add(col, n * job.K)), (batch, e.add(tile_k, n * job.K // 128), row)) for n in range(sources)]
-
         yes = arith.constant(ir.IntegerType.get_signless(1), 1)
         staged.each_tile(
-            ctx, e, (x_gmem, s_gmem), ring[:2], ring[2], stages=tuning.stages, parts=tuning.tiles, part=own_part, thread=own_thread,
-            worker=worker, workers=grid(job, tuning) * tuning.tiles, tiles=tiles, origins=origins,
-            bytes_a_tile=sources * (128 * 128 * itemsize + 512), work=lambda block, stage, refill: tile(block, yes, stage, refill))
+            ctx, e, gmem[:2], ring[:2], ring[2], stages=tuning.stages, parts=tuning.tiles, part=own_part, thread=own_thread,
+            worker=worker, workers=grid(job, tuning) * tuning.tiles, tiles=tiles, origins=lambda block: source.origins(*place(block)),
+            bytes_a_tile=source.pieces * (128 * 128 * source.itemsize + 512),
+            work=lambda block, stage, refill: tile(block, yes, stage, refill))
 
     return body
 
@@ -278,9 +218,10 @@ def grid(job: Job, tuning: tuned.Tuning) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # traced and compiled once a shape, however often a model calls it
-def quantize(job: Job, tuning: tuned.Tuning, x: jax.Array, scale: jax.Array | None = None) -> list[jax.Array]:
-    """x [batch, M, K or 2K] (and its scale [batch, K/128, M]) -> in this order, those asked for: q [batch, M, K], its
-    scale [batch, K/128, M]; transposed q [batch, K, M], its scale [batch, M/128, K]; block scale [batch, M/128, K/128].
+def quantize(job: Job, tuning: tuned.Tuning, *operands: jax.Array) -> list[jax.Array]:
+    """x of the form (its scale [batch, K/128, M]) (weights f32 [batch, M]) -> in this order, those asked for: q [batch, M, K], its
+    scale [batch, K/128, M]; transposed q [batch, K, M], its scale [batch, M/128, K]; block scale [batch, M/128, K/128]; of the
+    weights' gradient the sums over 128 columns [batch, K/256, M].
     """
     B, M, K, k_tiles, m_tiles = job.batch, job.M, job.K, ceil_div(job.K, 128), ceil_div(job.M, 128)
     out = []
@@ -292,8 +233,9 @@ def quantize(job: Job, tuning: tuned.Tuning, x: jax.Array, scale: jax.Array | No
         out += [] if job.block else [jax.ShapeDtypeStruct((B, m_tiles, K), jnp.float32)]
     if job.block:
         out.append(jax.ShapeDtypeStruct((B, m_tiles, k_tiles), jnp.float32))
-    operands = (x,) if scale is None else (x, scale)
-    inner = _body(job, tuning)
+    if job.dots:
+        out.append(jax.ShapeDtypeStruct((B, k_tiles // 2, M), jnp.float32))
+    inner = _body(job, tuning, len(operands))
 
     def body(*refs):
         plgpu.inline_mgpu(arg_types=(SCALAR,) + (REF,) * len(refs))(inner)(lax.axis_index("grid"), *refs)
@@ -301,7 +243,7 @@ def quantize(job: Job, tuning: tuned.Tuning, x: jax.Array, scale: jax.Array | No
     tiles = tuning.tiles
     scratch = [plgpu.SMEM((128 * tiles,), jnp.int32), plgpu.SMEM((4096 * tiles if job.columns else 8,), jnp.int32)]
     if n := tiles * tuning.stages:
-        pieces = n * (2 if job.swiglu else 1)
-        scratch += [plgpu.SMEM((pieces, 128, 128), x.dtype), plgpu.SMEM((pieces, 128), jnp.float32), plgpu.SMEM((4 * n,), jnp.int32)]
+        pieces = n * (2 if job.form == "swiglu" else 1)
+        scratch += [plgpu.SMEM((pieces, 128, 128), job.source), plgpu.SMEM((pieces, 128), jnp.float32), plgpu.SMEM((4 * n,), jnp.int32)]
     return list(hopper.launch(body, operands, tuple(out), tuple(scratch), name="quantize", cluster=1, warpgroups=4 * tiles,
                               grid=grid(job, tuning)))

@@ -17,6 +17,8 @@ that XLA cancels the two: `.T` of a result costs nothing when the consumer is on
 Tolerance: none. Kernel and reference agree bit for bit (the fused SwiGLU up to the exponential's last bit).
 H100 80GB HBM3, 2026-11-24: 0.92-1.01 of the bandwidth of a copy from bf16, 0.64-0.73 from FP8.
 """
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -47,19 +49,17 @@ def _check_scale(q: jax.Array, scale: jax.Array, tile: tuple[int, int]) -> None:
 
 
 def _run(
-    op: str, implementation: str, x: jax.Array, scale: jax.Array | None = None, *, swiglu: bool = False, **what
+    op: str, implementation: str, x: jax.Array, scale: jax.Array | None = None, *others: jax.Array, form: str = "plain", **what
 ) -> list[jax.Array] | None:
-    """The kernel's outputs as the functions show them, or None where the reference has to do it."""
+    """The kernel's outputs as the functions show them, or None where the reference has to do it. others: [..., M, columns] or [..., M]."""
     *lead, M, K = x.shape
-    batch = 1
-    for n in lead:
-        batch *= n
-    job = kernel.Job(batch, M, K // 2 if swiglu else K, x.dtype.name, scaled=scale is not None, swiglu=swiglu, **what)
+    batch, K = math.prod(lead), dict(swiglu=K // 2, swiglu_gradient=2 * K).get(form, K)
+    job = kernel.Job(batch, M, K, x.dtype.name, form, scaled=scale is not None, **what)
     if choose(op, implementation, kernel.unfit(job)) == "reference":
         return None
-    scale = None if scale is None else scale.mT.reshape(batch, -1, M)
-    out = kernel.quantize(job, tuned.pick(job), x.reshape(batch, M, K), scale)
-    return [o.reshape(*lead, *o.shape[1:]) for o in out]
+    others = [x.reshape(batch, *x.shape[len(lead):]) for x in (x, *others)]
+    operands = others if scale is None else [others[0], scale.mT.reshape(batch, -1, M), *others[1:]]
+    return [o.reshape(*lead, *o.shape[1:]) for o in kernel.quantize(job, tuned.pick(job), *operands)]
 
 
 def quantize_tiles(
@@ -150,9 +150,10 @@ def swiglu_quantize(
         _check_scale(gate_up, scale, (1, 128))
     _check_weights(weights, gate_up.shape[:-1])
     what = dict(columns=True) if tile == (128, 1) else dict(rows="e4m3")
-    if weights is None:  # no kernel takes them yet
-        if out := _run("swiglu_quantize", implementation, gate_up, scale, swiglu=True, power_of_two=power_of_two, **what):
-            return (out[0].mT, out[1]) if tile == (128, 1) else (out[0], out[1].mT)
+    of_rows = () if weights is None else (weights,)
+    if out := _run("swiglu_quantize", implementation, gate_up, scale, *of_rows, form="swiglu", weighted=bool(of_rows),
+                   power_of_two=power_of_two, **what):
+        return (out[0].mT, out[1]) if tile == (128, 1) else (out[0], out[1].mT)
     if scale is not None:
         gate_up = dequantize_tiles(gate_up, scale)
     x = reference.swiglu(gate_up)
@@ -171,6 +172,9 @@ def swiglu_gradient(
     if d_hidden.dtype != gate_up.dtype or gate_up.dtype not in FLOATS:
         raise ValueError(f"d_hidden is {d_hidden.dtype}, gate_up {gate_up.dtype}: must be the same float of 16 bits or more")
     _check_weights(weights, d_hidden.shape[:-1])
-    choose("swiglu_gradient", implementation, "no kernel yet")
+    of_rows = () if weights is None else (weights,)
+    if out := _run("swiglu_gradient", implementation, d_hidden, None, gate_up, *of_rows, form="swiglu_gradient", weighted=bool(of_rows),
+                   rows="e4m3", columns=True):
+        return (out[0], out[1].mT), (out[2].mT, out[3]), jnp.sum(out[4], axis=-2) if of_rows else None
     x, d_weights = reference.swiglu_gradient(d_hidden, gate_up, weights)
     return *(reference.quantize_tiles(x, tile, "e4m3", False) for tile in ((1, 128), (128, 1))), d_weights

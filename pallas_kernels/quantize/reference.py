@@ -105,6 +105,5 @@ def swiglu_gradient(d_hidden: jax.Array, gate_up: jax.Array, weights: jax.Array 
     d, (gate, up) = d_hidden.astype(jnp.float32), jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
     s = jax.nn.sigmoid(gate)
     silu = gate * s
-    d_weights = None if weights is None else jnp.sum(d * (silu * up), axis=-1)
-    d = d if weights is None else d * weights[..., None]
-    return jnp.concatenate([d * (up * (s + silu * (1 - s))), d * silu], axis=-1), d_weights
+    x = jnp.concatenate([d * (up * (s + silu * (1 - s))), d * silu], axis=-1)
+    return (x, None) if weights is None else (x * weights[..., None], jnp.sum(d * (silu * up), axis=-1))

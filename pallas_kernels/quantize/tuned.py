@@ -18,10 +18,10 @@ ONE, PAIR, STAGED = Tuning(), Tuning(tiles=2), Tuning(tiles=2, stages=2)
 
 def direct(job) -> Tuning:
     """For a `kernel.Job`, without TMA."""
-    return PAIR if job.swiglu or job.rows and job.columns and not job.block else ONE
+    return PAIR if job.form != "plain" or job.rows and job.columns and not job.block else ONE
 
 
 def pick(job) -> Tuning:
     """For a `kernel.Job`. TMA wants rows of 16 bytes, and 2 bytes for each result are what SMEM has room for."""
-    width = jnp.dtype(job.source).itemsize * (2 if job.swiglu else 1)
+    width = jnp.dtype(job.source).itemsize * (2 if job.form == "swiglu" else 1)
     return STAGED if job.scaled and job.columns and job.K % 16 == 0 and width <= 2 else direct(job)
