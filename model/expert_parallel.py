@@ -4,8 +4,11 @@
 128x1 scale tile crosses a group; 64 on the GPU; the block size of the block form on the CPU); `combine` weights the rows and adds
 them back to their tokens. Both directions are gathers (`pallas_kernels/rows`): forwards rows[i] = x[token of i], backwards dx[t] = sum
 of the K rows of t. What else is added at a token, the shared expert's output and the residual stream forwards, the gradients of the gate
-and the shared expert backwards, joins these sums in the kernel. No token is ever dropped. Shapes: M tokens, K chosen, E experts, P padded
-rows, D width.
+and the shared expert backwards, joins these sums in the kernel. No token is ever dropped.
+
+Under FP8 the weights join the experts' hidden rows instead (the same sum, as the last product is linear): gradients too are then
+dispatched as bytes (V3 §3.3.3), and no expert's output is kept.
+Shapes: M tokens, K chosen, E experts, P padded rows, D width.
 """
 from __future__ import annotations
 
@@ -19,6 +22,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from model import block_matmul, precision, sharding
+from model.fp8_linear import Carried
+from pallas_kernels import quantize
 from pallas_kernels.rows import gather, gather_sum, weighted_backward
 
 EXPERT_AXES = ("node", "expert")
@@ -35,8 +40,9 @@ class Route(NamedTuple):
 def apply(run_experts, readers, addends, x_MD, experts_MK, w_up, w_down, cfg, run, tape):
     """An MoE layer once its experts are chosen: (addends + readers' outputs + weighted sum of the experts' [M, D], what is kept).
 
-    The experts are run_experts(rows, quantized, group_sizes, align, w_up, w_down, tape). The readers are functions of x_MD too: the
-    first gives (weights [M, K], anything to be kept), a second one [M, D]. They run after dispatch: so it gets their gradients.
+    The experts are run_experts(rows, quantized, group_sizes, align, weights of the rows or None, w_up, w_down, tape). The readers are
+    functions of x_MD too: the first gives (weights [M, K], anything to be kept), a second one [M, D]. They run after dispatch: so it gets
+    their gradients.
 
     Under a mesh each data shard dispatches its own tokens. With experts over several shards ('one_hop'), a shard sees the tokens of
     its expert group by one all-gather and returns weighted sums by one reduce-scatter: static shapes make a dropless exchange cost
@@ -57,9 +63,12 @@ def _alone(run_experts, readers, addends, x_MD, experts_MK, w_up, w_down, cfg, r
     with jax.named_scope("moe/dispatch"):
         rows, route, others = _send(x_MD, _quantize(x_MD, w_up, run), experts_MK, cfg.moe.n_routed_experts, run, len(readers))
     (weights, kept), *more = (read(x) for read, x in zip(readers, others, strict=True))
+    joined = row_weights(weights, route) if precision.fuses(w_down, run, tape) else None
     with jax.named_scope("moe/experts"):
-        rows = run_experts(*rows, w_up, w_down, tape)
+        rows = run_experts(*rows, joined, w_up, w_down, tape)
     with jax.named_scope("moe/combine"):
+        if joined is not None:
+            return combine_carried(rows, route, (*more, *addends)), kept
         return combine(rows, weights, route, (*more, *addends)), kept
 
 
@@ -105,9 +114,12 @@ def _local(run_experts, x_MD, weights_MK, experts_MK, w_up, w_down, *, cfg, run,
             mine = (experts_MK >= 0) & (experts_MK < E)
             experts_MK, weights_MK = jnp.where(mine, experts_MK, E), jnp.where(mine, weights_MK, 0)  # E: of no group here
         rows, route, _ = _send(x_MD, quantized, experts_MK, E, run)
+    joined = row_weights(weights_MK, route) if precision.fuses(w_down, run, tape) else None
     with jax.named_scope("moe/experts"):
-        rows = run_experts(*rows, w_up, w_down, tape)
+        rows = run_experts(*rows, joined, w_up, w_down, tape)
     with jax.named_scope("moe/combine"):
+        if joined is not None:
+            return combine_carried(rows, route, (), shards)
         out = combine(rows, weights_MK, route)
         out = jax.lax.psum(out, tensor) if tensor else out
         return jax.lax.psum_scatter(out, shards, tiled=True) if shards else out
@@ -116,7 +128,11 @@ def _local(run_experts, x_MD, weights_MK, experts_MK, w_up, w_down, *, cfg, run,
 def _quantize(x_MD, w_up, run):
     """The tokens in FP8, (bytes u8 [M, D], scales), or None."""
     quantized = precision.quantize_tokens(x_MD, w_up, run, "moe/gate_up")
-    return quantized and (jax.lax.bitcast_convert_type(quantized[0], jnp.uint8), quantized[1])
+    return quantized and _as_bytes(*quantized)
+
+
+def _as_bytes(q, scale):
+    return jax.lax.bitcast_convert_type(q, jnp.uint8), scale
 
 
 def _send(x_MD, quantized, experts_MK, n_experts: int, run, n_readers: int = 0):
@@ -186,6 +202,43 @@ def _combine_backward(residuals, g_MD):
 
 
 combine.defvjp(_combine_forward, _combine_backward)
+
+
+@jax.custom_vjp
+def row_weights(weights_MK, route: Route):
+    """f32 [P]: the weight of each row, 0 if padding."""
+    return jnp.take(weights_MK.reshape(-1), route.source, mode="fill", fill_value=0).astype(jnp.float32)
+
+
+def _row_weights_backward(saved, g_P):
+    position, like = saved
+    return jnp.take(g_P, position, mode="fill", fill_value=0).astype(like.dtype), None
+
+
+row_weights.defvjp(lambda weights, route: (row_weights(weights, route), (route.position, weights[:0])), _row_weights_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def combine_carried(rows_PD: Carried, route: Route, addends=(), shards=()):
+    """`combine` of rows that are weighted already, summed over shards by one reduce-scatter. Their gradient travels, there and to the
+    rows, as E4M3 bytes in 1x128 tiles with power-of-two scales."""
+    out = gather_sum(rows_PD.y, route.position, addends=addends)
+    return jax.lax.psum_scatter(out, shards, tiled=True) if shards else out
+
+
+def _combine_carried_forward(rows, route, addends, shards):
+    return combine_carried(rows, route, addends, shards), (route, (None,) * len(addends))
+
+
+def _combine_carried_backward(shards, saved, g_MD):
+    route, addends = saved
+    quantized = _as_bytes(*quantize.quantize_tiles(g_MD, power_of_two=True))
+    if shards:
+        quantized = tuple(jax.lax.all_gather(a, shards, tiled=True) for a in quantized)
+    return Carried(None, *dispatch_quantized(*quantized, route)), None, tuple(g_MD for _ in addends)
+
+
+combine_carried.defvjp(_combine_carried_forward, _combine_carried_backward)
 
 
 def rebalance_experts(load, n_replicas: int, n_groups: int, n_nodes: int, n_gpus: int):

@@ -6,6 +6,9 @@
 | dx = dy W | dy in 1x128 tiles | the transposed copy of W, its scales transposed |
 | dW = dy^T x | dy in 128x1 tiles | the cached x, re-quantised 128x1 |
 
+`followed` is a linear with what comes after it (after_linear.py), whose gradient is the operands of dy themselves; `carried` takes its
+gradient as the bytes that dispatch moved to the experts (V3 §3.3.3).
+
 Under a mesh every data shard quantises and multiplies its own rows (XLA would give each device all of them: it cannot split a kernel);
 the columns of a dense weight are not split over `tensor`.
 
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +43,20 @@ class Recipe:
     gradient_blocks: bool = False
     promote: bool = True
 
+    @property
+    def tiles(self) -> bool:
+        """Activations and gradients are in V3's tiles."""
+        return not self.tensor and not self.gradient_blocks
+
+
+class Carried(NamedTuple):
+    """A product y bf16 [M, N] whose gradient is that of (q E4M3 [M, N], scale f32 [M, N/128]), zeros that nothing reads: in 1x128 tiles.
+    No gradient of y itself is read."""
+
+    y: Any
+    q: Any
+    scale: Any
+
 
 RECIPES = {
     "fp8_block": Recipe(),
@@ -59,11 +77,12 @@ def quantize_weight(w, recipe: Recipe):
     return q, q.mT, jnp.broadcast_to(scale, (*w.shape[:-2], -(-n // 128), -(-k // 128)))
 
 
-def quantize_input(x, site: str, recipe: Recipe, gate_up=None, past=None):
+def quantize_input(x, site: str, recipe: Recipe, gate_up=None, past=None, weights=None):
     """x [M, K] -> the cached operand (q, scale): E4M3 in 1x128 tiles, or E5M6 with power-of-two scales after attention.
 
-    gate_up [M, 2K]: what x is the SwiGLU of; activation and quantisation are then one kernel, and x itself is never written. past f32
-    [2]: what a delayed scale goes by (input, gradient); its backward's part joins the operand: (q, scale, past of the gradient, max |x|).
+    gate_up [M, 2K]: what x is the SwiGLU of, times weights f32 [M] if given; activation and quantisation are then one kernel, and x
+    itself is never written. past f32 [2]: what a delayed scale goes by (input, gradient); its backward's part joins the operand: (q,
+    scale, past of the gradient, max |x|).
     """
     x = jax.lax.stop_gradient(x)
     if recipe.tensor:
@@ -71,7 +90,8 @@ def quantize_input(x, site: str, recipe: Recipe, gate_up=None, past=None):
         q, scale, seen = _tensor(x, past[0])
         cached = q, _spread(scale, (x.shape[0], -(-x.shape[1] // 128))), *(() if past[1] is None else (past[1], seen))
     elif gate_up is not None:
-        cached = by_rows(quantize.swiglu_quantize, jax.lax.stop_gradient(gate_up))
+        operands = jax.lax.stop_gradient((gate_up,) if weights is None else (gate_up, weights))
+        cached = by_rows(lambda h, w=None: quantize.swiglu_quantize(h, weights=w), *operands)
     elif site in CACHED_WIDE:
         cached = by_rows(lambda x: quantize.quantize_tiles(x, (1, 128), "e5m6", power_of_two=True), x)
     else:
@@ -79,14 +99,22 @@ def quantize_input(x, site: str, recipe: Recipe, gate_up=None, past=None):
     return checkpoint_name(cached, f"{site}/input")
 
 
-def linear(x, cached, w, recipe: Recipe, stored=None):
-    """x [M, K] with its cached operand, w = (master, low [N, K], scale, transposed) -> bf16 [M, N], or the stored value."""
-    return _dense(recipe, x, cached, w.master, (w.low, w.scale, w.transposed, w.past), stored)
+def linear(x, cached, w, recipe: Recipe, group_sizes=None, stored=None):
+    """x [M, K] with its cached operand, w = (master, low [N, K], scale, transposed) -> bf16 [M, N], or the stored value.
+
+    With group_sizes: rows sorted by expert, every group a multiple of 128 rows; w's leaves lead with E.
+    """
+    return _linear(recipe, x, cached, w.master, (w.low, w.scale, w.transposed, w.past), group_sizes, stored)
 
 
-def grouped(x, cached, w, group_sizes, recipe: Recipe, stored=None):
-    """Rows x [M, K] sorted by expert, every group a multiple of 128 rows; w's leaves lead with E -> bf16 [M, N]."""
-    return _grouped(recipe, x, cached, w.master, (w.low, w.scale, w.transposed, w.past), group_sizes, stored)
+def followed(after, x, cached, w, recipe: Recipe, operands=(), group_sizes=None):
+    """after.apply(`linear`'s y, *operands) by a recipe of tiles; its gradient reaches y as after.gradient quantises it."""
+    return _followed(recipe, after, x, cached, w.master, (w.low, w.scale, w.transposed, w.past), group_sizes, operands)
+
+
+def carried(x, cached, w, recipe: Recipe, group_sizes) -> Carried:
+    """`linear`'s product by a recipe of tiles, with the gradient in FP8."""
+    return _carried(recipe, x, cached, w.master, (w.low, w.scale, w.transposed, w.past), group_sizes)
 
 
 def weight_gradient(cached, dy, recipe: Recipe, group_sizes=None):
@@ -148,51 +176,82 @@ def _matmul(a, a_scale, b, b_scale, recipe: Recipe):
     return by_rows(functools.partial(fp8_matmul.matmul, promotion=promotion), a, a_scale, whole=(b, b_scale))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dense(recipe, x, cached, master, low, stored):
-    if stored is not None:
-        return stored
+def _product(recipe, cached, low, group_sizes):
     q, scale, *_ = low
-    return _matmul(*_forward_operand(cached, recipe), q, scale, recipe).astype(x.dtype)
+    operand = _forward_operand(cached, recipe)
+    if group_sizes is None:
+        return _matmul(*operand, q, scale, recipe)
+    return grouped_fp8_matmul.grouped_matmul(*operand, q, scale, group_sizes)
 
 
-def _dense_forward(recipe, x, cached, master, low, stored):
-    return _dense(recipe, x, cached, master, low, stored), (cached, master, low, stored is not None, x[:0])
-
-
-def _dense_backward(recipe, residuals, dy):
-    cached, master, (_, scale, transposed, _), replayed, like = residuals
-    rows, columns = _both(dy, recipe, *cached[2:3])
-    dx = _matmul(*rows, transposed, scale.mT, recipe).astype(like.dtype)
-    dw = _weight_gradient(cached, columns, recipe, None).reshape(master.shape).astype(master.dtype)
-    return dx, None, dw, _seen(cached, dy), jnp.zeros_like(dy) if replayed else None
-
-
-_dense.defvjp(_dense_forward, _dense_backward)
+def _gradients(recipe, residuals, rows, columns):
+    """(dx, dw) from both operands of dy."""
+    cached, master, (_, scale, transposed, _), group_sizes, like = residuals
+    if group_sizes is None:
+        dx = _matmul(*rows, transposed, scale.mT, recipe)
+    else:
+        dx = grouped_fp8_matmul.grouped_matmul(*rows, transposed, scale.mT, group_sizes)
+    return dx.astype(like.dtype), _weight_gradient(cached, columns, recipe, group_sizes).reshape(master.shape).astype(master.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(recipe, x, cached, master, low, group_sizes, stored):
-    if stored is not None:
-        return stored
-    q, scale, *_ = low
-    return grouped_fp8_matmul.grouped_matmul(*_forward_operand(cached, recipe), q, scale, group_sizes).astype(x.dtype)
+def _linear(recipe, x, cached, master, low, group_sizes, stored):
+    return stored if stored is not None else _product(recipe, cached, low, group_sizes).astype(x.dtype)
 
 
-def _grouped_forward(recipe, x, cached, master, low, group_sizes, stored):
-    residuals = (cached, master, low, group_sizes, stored is not None, x[:0])
-    return _grouped(recipe, x, cached, master, low, group_sizes, stored), residuals
+def _linear_forward(recipe, x, cached, master, low, group_sizes, stored):
+    residuals = cached, master, low, group_sizes, x[:0]
+    return _linear(recipe, x, cached, master, low, group_sizes, stored), (residuals, stored is not None)
 
 
-def _grouped_backward(recipe, residuals, dy):
-    cached, master, (_, scale, transposed, _), group_sizes, replayed, like = residuals
-    rows, columns = _both(dy, recipe, *cached[2:3])
-    dx = grouped_fp8_matmul.grouped_matmul(*rows, transposed, scale.mT, group_sizes).astype(like.dtype)
-    dw = _weight_gradient(cached, columns, recipe, group_sizes).reshape(master.shape).astype(master.dtype)
+def _linear_backward(recipe, saved, dy):
+    residuals, replayed = saved
+    cached = residuals[0]
+    dx, dw = _gradients(recipe, residuals, *_both(dy, recipe, *cached[2:3]))
     return dx, None, dw, _seen(cached, dy), None, jnp.zeros_like(dy) if replayed else None
 
 
-_grouped.defvjp(_grouped_forward, _grouped_backward)
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _followed(recipe, after, x, cached, master, low, group_sizes, operands):
+    return after.apply(_product(recipe, cached, low, group_sizes).astype(x.dtype), *operands)
+
+
+def _followed_forward(recipe, after, x, cached, master, low, group_sizes, operands):
+    y = _product(recipe, cached, low, group_sizes).astype(x.dtype)
+    residuals = cached, master, low, group_sizes, x[:0]
+    return after.apply(y, *operands), (residuals, y if after.keeps else None, operands)
+
+
+def _followed_backward(recipe, after, saved, gradients):
+    residuals, y, operands = saved
+    rows, columns, d_operands = after.gradient(y, gradients, *operands)
+    dx, dw = _gradients(recipe, residuals, rows, columns)
+    return dx, None, dw, None, None, d_operands
+
+
+_followed.defvjp(_followed_forward, _followed_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _carried(recipe, x, cached, master, low, group_sizes):
+    y = _product(recipe, cached, low, group_sizes).astype(x.dtype)
+    return Carried(y, jnp.zeros_like(y, jnp.float8_e4m3fn), jnp.zeros_like(y[:, ::128], jnp.float32))
+
+
+def _carried_forward(recipe, x, cached, master, low, group_sizes):
+    return _carried(recipe, x, cached, master, low, group_sizes), (cached, master, low, group_sizes, x[:0])
+
+
+def _carried_backward(recipe, residuals, dy):
+    rows = dy.q, dy.scale
+    dx, dw = _gradients(recipe, residuals, rows, quantize.requantize_tiles(*rows, (128, 1), power_of_two=True))
+    return dx, None, dw, None, None
+
+
+_carried.defvjp(_carried_forward, _carried_backward)
 
 
 def _seen(cached, dy):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from model import expert_parallel, precision
 from model.dtypes import at_least_f32
 from model.errors import choice, freeze, freeze_kind, leaf, require
-from model.ffn import dense_ffn, swiglu
+from model.ffn import dense_ffn
 from model.sharding import by_rows, normal, param, row_shards
 from pallas_kernels import gate as gate_kernel
 from pallas_kernels.gate import reference as gating
@@ -156,11 +156,11 @@ class MoEFFN(nn.Module):
             x_BTD = x_MD.reshape(B, T, D)
             return dense_ffn(self, x_BTD, m.n_shared_experts * m.d_expert, "moe/shared_", tape, prefix="shared_").reshape(B * T, D)
 
-        def run_experts(rows, quantized, group_sizes, align, w_up, w_down, tape):
-            """What lies between dispatch and combine: rows [M, D] sorted by expert -> rows."""
-            gate_up, hidden = precision.grouped_gate_up(rows, group_sizes, w_up, run, "moe/gate_up", tape, align=align, quantized=quantized)
-            hidden = swiglu(gate_up, hidden)
-            return precision.grouped_linear(hidden, group_sizes, w_down, run, "moe/down", tape, align=align, gate_up=gate_up)
+        def run_experts(rows, quantized, group_sizes, align, weights, w_up, w_down, tape):
+            """What lies between dispatch and combine: rows [M, D] sorted by expert -> rows, times weights f32 [M] if given."""
+            gate_up, hidden = precision.grouped_gate_up(rows, group_sizes, w_up, run, "moe/gate_up", tape, align=align, quantized=quantized,
+                                                        weights=weights)
+            return precision.grouped_down(hidden, group_sizes, w_down, run, "moe/down", tape, align=align, gate_up=gate_up, weights=weights)
 
         readers, stream_MD = (weigh, shared) if m.n_shared_experts else (weigh,), stream_BTD.reshape(B * T, D)
         if _all_experts(run, B * T, m):

@@ -1,4 +1,4 @@
-"""Which matmul runs how (V3 §3.3): `prepare`, `linear`, `joint_linear`, `grouped_linear`, `grouped_gate_up`, `weight_gradient`, `raw`.
+"""Which matmul runs how (V3 §3.3): `prepare`, `linear`, `linear_then`, `joint_linear`, `gate_up`, `grouped_*`, `weight_gradient`, `raw`.
 
 Weights are stored [N, K] (outputs, inputs), FP32 masters; a pair of weights of one input is [2, N, K]; experts lead with E. A
 product is x W^T. `prepare` makes, once an optimizer step, the low-precision copy each product reads; gradients reach the master.
@@ -19,6 +19,8 @@ import jax.numpy as jnp
 
 from model import block_matmul, delayed_scaling, fp8_linear
 from model import tape as tapes
+from model.activation import swiglu
+from model.after_linear import SwiGLU
 from model.dtypes import at_least_f32
 from model.errors import UserError, choice, freeze, require
 from pallas_kernels import grouped_matmul
@@ -158,7 +160,7 @@ def linear(x, w, run, site: str, tape: tapes.LayerTape | None = None, *, gate_up
         if _is_fp8(w, run):
             gate_up = None if gate_up is None else gate_up.reshape(-1, gate_up.shape[-1])
             cached = fp8_linear.quantize_input(flat, site, run.precision.recipe, gate_up, w.past)
-            y = tapes.write(tape, site, cached, lambda stored: fp8_linear.linear(flat, cached, w, run.precision.recipe, stored))
+            y = tapes.write(tape, site, cached, lambda stored: fp8_linear.linear(flat, cached, w, run.precision.recipe, stored=stored))
         else:
             merged = _merge(w, 0, x.dtype)
             y = tapes.write(tape, site, flat, lambda stored: _dense(flat, merged, stored))
@@ -189,6 +191,27 @@ def _join(ws) -> Weight:
     return Weight(along(0, *master), along(0, *low), along(0, *scale), along(1, *transposed))
 
 
+def fuses(w, run, tape: tapes.LayerTape | None = None) -> bool:
+    """Whether w's gradients are quantised where they are made (`linear_then`, `fp8_linear.carried`): under a recipe of tiles, where no tape
+    takes the matmuls apart."""
+    return _is_fp8(w, run) and run.precision.recipe.tiles and (tape is None or tape.tape is None)
+
+
+def linear_then(after, x, w, run, site: str, tape: tapes.LayerTape | None = None, *operands):
+    """after.apply(`linear`'s y [M, N], *operands) for x [..., K], M its leading axes in one; `after` is of after_linear.py."""
+    flat = x.reshape(-1, x.shape[-1])
+    if not fuses(w, run, tape):
+        return after.apply(linear(flat, w, run, site, tape), *operands)
+    with jax.named_scope(site):
+        recipe = run.precision.recipe
+        return fp8_linear.followed(after, flat, fp8_linear.quantize_input(flat, site, recipe), w, recipe, operands)
+
+
+def gate_up(x, w, run, site: str, tape: tapes.LayerTape | None = None):
+    """(gate and up [..., 2F], `linear`'s of w [2, F, K]; hidden [..., F], their SwiGLU), for a `linear` that takes both."""
+    return tuple(y.reshape(*x.shape[:-1], -1) for y in linear_then(SwiGLU(), x, w, run, site, tape))
+
+
 def grouped_linear(rows, group_sizes, w, run, site: str, tape: tapes.LayerTape | None = None, *, align: int = 1, gate_up=None,
                    quantized=None):
     """rows [M, K], sorted by expert, times each one's w [E, N, K]^T (or [E, 2, N, K]) -> [M, N]; rows past the last group give 0.
@@ -200,23 +223,42 @@ def grouped_linear(rows, group_sizes, w, run, site: str, tape: tapes.LayerTape |
         if _is_fp8(w, run):
             recipe = run.precision.recipe
             cached = fp8_linear.quantize_input(rows, site, recipe, gate_up, w.past) if quantized is None else quantized
-            return tapes.write(tape, site, cached, lambda stored: fp8_linear.grouped(rows, cached, w, group_sizes, recipe, stored),
+            return tapes.write(tape, site, cached, lambda stored: fp8_linear.linear(rows, cached, w, recipe, group_sizes, stored),
                                group_sizes)
         static = (choose_experts(run.experts, rows.dtype), align)
         w = _merge(w, 1, rows.dtype)
         return tapes.write(tape, site, rows, lambda stored: _grouped(static, rows, w, group_sizes, stored), group_sizes)
 
 
-def grouped_gate_up(rows, group_sizes, w, run, site: str, tape: tapes.LayerTape | None = None, *, align: int = 1, quantized=None):
-    """(gate_up [M, 2F] as `grouped_linear` has it for w [E, 2, F, K], its SwiGLU [M, F] where the same kernel wrote it, else None).
+def grouped_gate_up(rows, group_sizes, w, run, site: str, tape: tapes.LayerTape | None = None, *, align: int = 1, quantized=None,
+                    weights=None):
+    """(gate and up [M, 2F] as `grouped_linear` has them for w [E, 2, F, K]; hidden [M, F], their SwiGLU), for `grouped_down`.
 
-    `ffn.swiglu(gate_up, hidden)` takes both: no gradient of the second is read here.
+    weights f32 [M], where it `fuses` alone: what each row of hidden is multiplied by.
     """
+    if fuses(w, run, tape):
+        with jax.named_scope(site):
+            recipe = run.precision.recipe
+            cached = fp8_linear.quantize_input(rows, site, recipe) if quantized is None else quantized
+            return fp8_linear.followed(SwiGLU(), rows, cached, w, recipe, () if weights is None else (weights,), group_sizes)
     if _is_fp8(w, run) or choose_experts(run.experts, rows.dtype) != "kernel":
-        return grouped_linear(rows, group_sizes, w, run, site, tape, align=align, quantized=quantized), None
+        y = grouped_linear(rows, group_sizes, w, run, site, tape, align=align, quantized=quantized)
+        return y, swiglu(y)
     with jax.named_scope(site):
-        gate_up, hidden = _grouped_swiglu(rows, _merge(w, 1, rows.dtype), group_sizes, tapes.stored(tape, site))
-        return tapes.write(tape, site, rows, lambda stored: gate_up, group_sizes), hidden
+        y, hidden = _grouped_swiglu(rows, _merge(w, 1, rows.dtype), group_sizes, tapes.stored(tape, site))
+        y = tapes.write(tape, site, rows, lambda stored: y, group_sizes)
+        return y, swiglu(y, hidden)
+
+
+def grouped_down(hidden, group_sizes, w, run, site: str, tape: tapes.LayerTape | None = None, *, align: int = 1, gate_up=None,
+                 weights=None):
+    """`grouped_linear` of hidden [M, F], the SwiGLU of gate_up [M, 2F]; with the weights that `grouped_gate_up` had, as an
+    `fp8_linear.Carried`."""
+    if weights is None:
+        return grouped_linear(hidden, group_sizes, w, run, site, tape, align=align, gate_up=gate_up)
+    with jax.named_scope(site):
+        cached = fp8_linear.quantize_input(hidden, site, run.precision.recipe, gate_up, weights=weights)
+        return fp8_linear.carried(hidden, cached, w, run.precision.recipe, group_sizes)
 
 
 def quantize_tokens(x, w, run, site: str):

@@ -8,8 +8,8 @@ import pytest
 from tiny_model import forward, init, random_tokens, tiny
 
 from model import block_matmul, expert_parallel, moe
+from model.activation import swiglu
 from model.config import Execution
-from model.ffn import swiglu
 from model.tape import LayerTape
 from pallas_kernels.gate.reference import balance_sums, ranks
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from tiny_model import init, tiny
 
-from model import expert_parallel, ffn, fp8_linear, precision, sharding
+from model import expert_parallel, fp8_linear, precision, sharding
+from model.activation import swiglu
 from model.config import Execution
 from model.tape import LayerTape, Tape
 from pallas_kernels import quantize
@@ -143,13 +144,11 @@ def test_gate_and_up_with_their_swiglu_have_the_gradients_and_the_tape_of_the_pr
     prepared = precision.prepare({"gate_up": w}, run)["gate_up"]
 
     def fused(*args):
-        gate_up, hidden = precision.grouped_gate_up(*args, align=8)
-        assert hidden is not None
-        return gate_up, ffn.swiglu(gate_up, hidden)
+        return precision.grouped_gate_up(*args, align=8)
 
     def apart(*args):
         gate_up = precision.grouped_linear(*args, align=8)
-        return gate_up, ffn.swiglu(gate_up)
+        return gate_up, swiglu(gate_up)
 
     def backward_of(form):
         def taped(rows, master, zeros):
@@ -168,8 +167,7 @@ def test_gate_and_up_with_their_swiglu_have_the_gradients_and_the_tape_of_the_pr
     np.testing.assert_array_equal(part.reshape(w.shape), whole)
 
     replayed = precision.grouped_gate_up(rows, sizes, prepared, run, site, LayerTape(Tape(outputs={site: record.output})), align=8)
-    assert replayed[1] is None
-    np.testing.assert_array_equal(ffn.swiglu(*replayed), ffn.swiglu(record.output))
+    np.testing.assert_array_equal(replayed[1], swiglu(record.output))
 
 
 def test_ablations_are_worse_where_the_paper_says(rng):
@@ -227,7 +225,7 @@ def test_swiglu_quantised_in_one_kernel_is_its_parts_and_keeps_its_gradient(rng)
     def of(fused):
         def f(h, master):
             w = prepared._replace(master=master)
-            return precision.linear(ffn.swiglu(h), w, run_of("fp8_block"), "ffn/down", gate_up=h if fused else None)
+            return precision.linear(swiglu(h), w, run_of("fp8_block"), "ffn/down", gate_up=h if fused else None)
         y, pull = jax.vjp(f, gate_up, w)
         return (y, *pull(dy))
 

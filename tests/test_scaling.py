@@ -94,7 +94,7 @@ def test_experts_with_our_kernels_lower_for_two_gpus_forwards_and_backwards(monk
 
     def loss(x, up, down, weights, experts):
         def run_experts(rows, *rest):
-            *_, sizes, align, up, down, _ = rest
+            *_, sizes, align, _, up, down, _ = rest
             hidden = precision.grouped_linear(rows, sizes, up, run, "moe/gate_up", align=align)
             return precision.grouped_linear(hidden[:, :128], sizes, down, run, "moe/down", align=align)
 
