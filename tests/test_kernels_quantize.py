@@ -1,4 +1,7 @@
 """Tile quantisation: the definition in numpy, its edge cases, the fused forms against their parts."""
+import dataclasses
+import operator
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -6,9 +9,13 @@ import numpy as np
 import pytest
 
 from pallas_kernels import quantize
-from pallas_kernels.quantize import kernel, reference, tuned
+from pallas_kernels.quantize import kernel, reference, tuned, walk
 
 TILES = ((1, 128), (128, 1), (128, 128))
+
+
+def random_of(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape).astype(jnp.bfloat16)
 
 
 def numpy_quantize(x, tile, power_of_two=False):
@@ -175,6 +182,38 @@ def test_only_cached_columns_in_rows_of_16_bytes_are_read_ahead_and_fit_the_memo
         t = tuned.pick(j)
         assert t.tiles * (16384 + 512 + t.stages * (1 + (form == "swiglu")) * (16384 * bytes_ + 512)) < 226 * 1024
         assert kernel.grid(j, t) == 132 and kernel.grid(job(128), tuned.pick(job(128))) == 16
+
+
+class Ints:
+    """The arithmetic of an `Emit` on numbers."""
+
+    div, rem, mul, less = (lambda self, a, n, f=f: f(a, n) for f in (operator.floordiv, operator.mod, operator.mul, operator.lt))
+    add, either = (lambda self, *terms: sum(terms)), (lambda self, condition, a, b: a if condition else b)
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 4, 8, 16, -1, 1000])
+@pytest.mark.parametrize("batch, m_tiles, k_tiles, halves", [(1, 33, 6, 1), (3, 16, 5, 1), (2, 10, 8, 2), (1, 1, 2, 2)])
+def test_a_walk_meets_every_tile_once_in_bands_of_rows(n_rows, batch, m_tiles, k_tiles, halves):
+    tiles = [walk.place(Ints(), block, m_tiles, k_tiles, n_rows, halves) for block in range(batch * m_tiles * k_tiles)]
+    height = m_tiles if n_rows < 0 else max(n_rows, 1)
+    of_half = k_tiles // halves
+    assert sorted(tiles) == [(b, m, k) for b in range(batch) for m in range(m_tiles) for k in range(k_tiles)]
+    assert tiles == sorted(tiles, key=lambda t: (t[0], t[1] // height, t[2] % of_half, t[1], t[2]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n_rows", [1, 4, 8, 16, -1])
+def test_every_walk_writes_the_same_bits(n_rows):
+    x, h, weights = random_of(0, 2, 2064, 1280), random_of(1, 2, 2064, 2560), random_of(2, 2, 2064).astype(jnp.float32)
+    cached, scale = quantize.quantize_tiles(x, implementation="reference")
+    both = dict(rows="e4m3", columns=True)
+    for job, operands in ((kernel.Job(2, 2064, 1280, "bfloat16", **both), (x,)),
+                          (kernel.Job(2, 2064, 1280, "float8_e4m3fn", scaled=True, columns=True), (cached, scale.mT)),
+                          (kernel.Job(2, 2064, 2560, "bfloat16", "swiglu_gradient", weighted=True, **both), (x, h, weights))):
+        tuning = tuned.pick(job)
+        got, want = (kernel.quantize(job, dataclasses.replace(tuning, walk=n), *operands) for n in (n_rows, 0))
+        for g, w in zip(got, want, strict=True):
+            np.testing.assert_array_equal(np.asarray(g).view(np.uint8), np.asarray(w).view(np.uint8))
 
 
 @pytest.mark.parametrize("arguments, message", [

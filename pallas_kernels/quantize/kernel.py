@@ -18,7 +18,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import hopper
-from pallas_kernels.quantize import staged, tuned
+from pallas_kernels.quantize import staged, tuned, walk
 from pallas_kernels.quantize.emit import QuantizeEmit
 from pallas_kernels.quantize.reference import FORMATS, ceil_div
 from pallas_kernels.quantize.sources import ROWS, Share, Source
@@ -90,13 +90,8 @@ def _body(job: Job, tuning: tuned.Tuning, operands: int):
         source = Source(e, job, gmem, smem, dots_gmem)
 
         def place(block):
-            """Batch, row tile and column tile of a block of 128 x 128."""
-            if job.form == "swiglu_gradient":  # the gate's and the up's tile of the same columns are neighbours
-                half, block = e.rem(block, 2), e.div(block, 2)
-                of_half = k_tiles // 2
-                return (e.div(block, of_half * m_tiles), e.rem(e.div(block, of_half), m_tiles),
-                        e.add(e.mul(half, of_half), e.rem(block, of_half)))
-            return e.div(block, k_tiles * m_tiles), e.rem(e.div(block, k_tiles), m_tiles), e.rem(block, k_tiles)
+            # the gate's and the up's tile of the same columns are neighbours
+            return walk.place(e, block, m_tiles, k_tiles, tuning.walk, halves=2 if job.form == "swiglu_gradient" else 1)
 
         def share_of(block, exists, thread, stage):
             batch, tile_m, tile_k = place(block)
