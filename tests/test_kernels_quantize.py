@@ -1,5 +1,6 @@
 """Tile quantisation: the definition in numpy, its edge cases, the fused forms against their parts."""
 import dataclasses
+import functools
 import operator
 
 import jax
@@ -16,6 +17,12 @@ TILES = ((1, 128), (128, 1), (128, 128))
 
 def random_of(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape).astype(jnp.bfloat16)
+
+
+def same_bytes(got, want):
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert g.shape == w.shape and g.dtype == w.dtype
+        np.testing.assert_array_equal(*(np.ascontiguousarray(x).view(np.uint8) for x in (g, w)))
 
 
 def numpy_quantize(x, tile, power_of_two=False):
@@ -169,6 +176,16 @@ def test_gradient_of_a_swiglu_is_that_of_float64_by_formula_and_by_autodiff(rng,
         np.testing.assert_allclose(d_weights, want_weights, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("m, h, channels, widths", [
+    ((40,), 3, (24, 16), (16, 16)), ((2, 144), 2, (192, 128), (128, 128)), ((7,), 1, (8, 8), (3, 8))])
+def test_heads_cut_from_two_arrays_are_quantised_as_if_joined(rng, m, h, channels, widths):
+    parts = tuple(jnp.asarray(rng.standard_normal((*m, h, n)), jnp.bfloat16) for n in channels)
+    joined = np.concatenate([np.asarray(p)[..., :n] for p, n in zip(parts, widths, strict=True)], axis=-1).reshape(*m, -1)
+    same_bytes(quantize.quantize_heads(parts, widths), quantize.quantize_both(joined))
+    with pytest.raises(ValueError, match="must be"):
+        quantize.quantize_heads(parts, (widths[0], channels[1] + 1))
+
+
 def test_only_cached_columns_in_rows_of_16_bytes_are_read_ahead_and_fit_the_memory_of_a_block():
     def job(k, **what):
         return kernel.Job(1, 4096, k, **(dict(source="float8_e4m3fn", scaled=True, columns=True) | what))
@@ -212,8 +229,16 @@ def test_every_walk_writes_the_same_bits(n_rows):
                           (kernel.Job(2, 2064, 2560, "bfloat16", "swiglu_gradient", weighted=True, **both), (x, h, weights))):
         tuning = tuned.pick(job)
         got, want = (kernel.quantize(job, dataclasses.replace(tuning, walk=n), *operands) for n in (n_rows, 0))
-        for g, w in zip(got, want, strict=True):
-            np.testing.assert_array_equal(np.asarray(g).view(np.uint8), np.asarray(w).view(np.uint8))
+        same_bytes(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m, h", [((2, 144), 3), ((4096,), 16), ((16,), 1)])
+def test_heads_are_quantised_by_the_kernel_as_by_the_reference_bit_for_bit(m, h):
+    parts = random_of(0, *m, h, 192).at[..., 128:].set(jnp.nan), random_of(1, *m, h, 128).at[..., 3, :, 7].set(0)
+    got, want = (jax.jit(functools.partial(quantize.quantize_heads, widths=(128, 128), implementation=i))(parts)
+                 for i in ("kernel", "reference"))
+    same_bytes(got, want)
 
 
 @pytest.mark.parametrize("arguments, message", [
