@@ -25,7 +25,7 @@ from pallas_kernels.gate import route, route_backward
 from pallas_kernels.gate.reference import Rule
 from pallas_kernels.latent_norm import latent_norm, latent_norm_backward
 from pallas_kernels.norm import rms_norm, rms_norm_backward
-from pallas_kernels.quantize.reference import swiglu, swiglu_gradient
+from pallas_kernels.quantize.reference import join_heads, swiglu, swiglu_gradient
 from pallas_kernels.rows import gather, gather_sum, weighted_backward
 from pallas_kernels.target import is_hopper
 
@@ -254,8 +254,8 @@ def quantisation(m: int, k: int):
 
 
 def fused_gradients(m: int, k: int):
-    """SwiGLU's gradient [m, k] quantised both ways as it is made; XLA's side makes it in bf16, then quantises it."""
-    weights, d_hidden, gate_up = jnp.ones(m), random(m, k // 2), random(m, k)
+    """Gradients [m, k] quantised both ways as they are made: of SwiGLU, of MLA's k and v; XLA's side writes them in bf16 first."""
+    weights, d_hidden, gate_up, heads = jnp.ones(m), random(m, k // 2), random(m, k), tuple(random(m, k // 256, n) for n in (192, 128))
 
     def written(rows, columns, *rest):
         return rows[0], rows[1].T, columns[0].T, columns[1], *rest
@@ -263,12 +263,17 @@ def fused_gradients(m: int, k: int):
     def gradient(d_hidden, gate_up, weights):
         return written(*quantize.swiglu_gradient(d_hidden, gate_up, weights))
 
+    def both(x):
+        return quantize.quantize_both(jax.lax.optimization_barrier(x.astype(jnp.bfloat16)))
+
     def apart(d_hidden, gate_up, weights):
         x, d_weights = swiglu_gradient(d_hidden, gate_up, weights)
-        return written(*quantize.quantize_both(jax.lax.optimization_barrier(x.astype(jnp.bfloat16))), d_weights)
+        return written(*both(x), d_weights)
 
     operands, moved = (d_hidden, gate_up, weights), (3 + 2) * m * k + 8 * m * k / 128 + 8 * m
     yield Case("quantise swiglu gradient", f"{m} x {k}", gradient, operands, 0, moved, baseline=(apart, operands))
+    yield Case("quantise heads", f"{m} x {k}", lambda *parts: written(*quantize.quantize_heads(parts, (128, 128))), heads, 0,
+               4 * m * k + 8 * m * k / 128, baseline=(lambda *parts: written(*both(join_heads(parts, (128, 128)))), heads))
     yield Case("quantise swiglu, weighted", f"{m} x {k}", lambda x, w: (lambda q, s: (q, s.T))(*quantize.swiglu_quantize(x, weights=w)),
                (gate_up, weights), 0, 2.5 * m * k + 2 * m * k / 128 + 4 * m)
 

@@ -1,4 +1,8 @@
 """Tile quantisation: the definition in numpy, its edge cases, the fused forms against their parts."""
+import dataclasses
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -6,9 +10,19 @@ import numpy as np
 import pytest
 
 from pallas_kernels import quantize
-from pallas_kernels.quantize import kernel, reference, tuned
+from pallas_kernels.quantize import kernel, reference, tuned, walk
 
 TILES = ((1, 128), (128, 1), (128, 128))
+
+
+def random_of(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape).astype(jnp.bfloat16)
+
+
+def same_bytes(got, want):
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert g.shape == w.shape and g.dtype == w.dtype
+        np.testing.assert_array_equal(*(np.ascontiguousarray(x).view(np.uint8) for x in (g, w)))
 
 
 def numpy_quantize(x, tile, power_of_two=False):
@@ -162,6 +176,16 @@ def test_gradient_of_a_swiglu_is_that_of_float64_by_formula_and_by_autodiff(rng,
         np.testing.assert_allclose(d_weights, want_weights, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("m, h, channels, widths", [
+    ((40,), 3, (24, 16), (16, 16)), ((2, 144), 2, (192, 128), (128, 128)), ((7,), 1, (8, 8), (3, 8))])
+def test_heads_cut_from_two_arrays_are_quantised_as_if_joined(rng, m, h, channels, widths):
+    parts = tuple(jnp.asarray(rng.standard_normal((*m, h, n)), jnp.bfloat16) for n in channels)
+    joined = np.concatenate([np.asarray(p)[..., :n] for p, n in zip(parts, widths, strict=True)], axis=-1).reshape(*m, -1)
+    same_bytes(quantize.quantize_heads(parts, widths), quantize.quantize_both(joined))
+    with pytest.raises(ValueError, match="must be"):
+        quantize.quantize_heads(parts, (widths[0], channels[1] + 1))
+
+
 def test_only_cached_columns_in_rows_of_16_bytes_are_read_ahead_and_fit_the_memory_of_a_block():
     def job(k, **what):
         return kernel.Job(1, 4096, k, **(dict(source="float8_e4m3fn", scaled=True, columns=True) | what))
@@ -175,6 +199,46 @@ def test_only_cached_columns_in_rows_of_16_bytes_are_read_ahead_and_fit_the_memo
         t = tuned.pick(j)
         assert t.tiles * (16384 + 512 + t.stages * (1 + (form == "swiglu")) * (16384 * bytes_ + 512)) < 226 * 1024
         assert kernel.grid(j, t) == 132 and kernel.grid(job(128), tuned.pick(job(128))) == 16
+
+
+class Ints:
+    """The arithmetic of an `Emit` on numbers."""
+
+    div, rem, mul, less = (lambda self, a, n, f=f: f(a, n) for f in (operator.floordiv, operator.mod, operator.mul, operator.lt))
+    add, either = (lambda self, *terms: sum(terms)), (lambda self, condition, a, b: a if condition else b)
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 4, 8, 16, -1, 1000])
+@pytest.mark.parametrize("batch, m_tiles, k_tiles, halves", [(1, 33, 6, 1), (3, 16, 5, 1), (2, 10, 8, 2), (1, 1, 2, 2)])
+def test_a_walk_meets_every_tile_once_in_bands_of_rows(n_rows, batch, m_tiles, k_tiles, halves):
+    tiles = [walk.place(Ints(), block, m_tiles, k_tiles, n_rows, halves) for block in range(batch * m_tiles * k_tiles)]
+    height = m_tiles if n_rows < 0 else max(n_rows, 1)
+    of_half = k_tiles // halves
+    assert sorted(tiles) == [(b, m, k) for b in range(batch) for m in range(m_tiles) for k in range(k_tiles)]
+    assert tiles == sorted(tiles, key=lambda t: (t[0], t[1] // height, t[2] % of_half, t[1], t[2]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n_rows", [1, 4, 8, 16, -1])
+def test_every_walk_writes_the_same_bits(n_rows):
+    x, h, weights = random_of(0, 2, 2064, 1280), random_of(1, 2, 2064, 2560), random_of(2, 2, 2064).astype(jnp.float32)
+    cached, scale = quantize.quantize_tiles(x, implementation="reference")
+    both = dict(rows="e4m3", columns=True)
+    for job, operands in ((kernel.Job(2, 2064, 1280, "bfloat16", **both), (x,)),
+                          (kernel.Job(2, 2064, 1280, "float8_e4m3fn", scaled=True, columns=True), (cached, scale.mT)),
+                          (kernel.Job(2, 2064, 2560, "bfloat16", "swiglu_gradient", weighted=True, **both), (x, h, weights))):
+        tuning = tuned.pick(job)
+        got, want = (kernel.quantize(job, dataclasses.replace(tuning, walk=n), *operands) for n in (n_rows, 0))
+        same_bytes(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m, h", [((2, 144), 3), ((4096,), 16), ((16,), 1)])
+def test_heads_are_quantised_by_the_kernel_as_by_the_reference_bit_for_bit(m, h):
+    parts = random_of(0, *m, h, 192).at[..., 128:].set(jnp.nan), random_of(1, *m, h, 128).at[..., 3, :, 7].set(0)
+    got, want = (jax.jit(functools.partial(quantize.quantize_heads, widths=(128, 128), implementation=i))(parts)
+                 for i in ("kernel", "reference"))
+    same_bytes(got, want)
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -48,6 +48,9 @@ class QuantizeEmit(Emit):
         power = self.asm(self.f32, "ex2.approx.ftz.f32 $0, $1;", [arith.mulf(x, self.float(-1.4426950408889634))], "=f,f")
         return self.asm(self.f32, "rcp.approx.ftz.f32 $0, $1;", [arith.addf(power, self.float(1.0))], "=f,f")
 
+    def either(self, condition, a, b):
+        return arith.select(condition, a, b)
+
     def of_row(self, values, row):
         """values[row mod their number]."""
         own = values[0]

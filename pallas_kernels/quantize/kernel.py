@@ -18,7 +18,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import hopper
-from pallas_kernels.quantize import staged, tuned
+from pallas_kernels.quantize import staged, tuned, walk
 from pallas_kernels.quantize.emit import QuantizeEmit
 from pallas_kernels.quantize.reference import FORMATS, ceil_div
 from pallas_kernels.quantize.sources import ROWS, Share, Source
@@ -28,8 +28,9 @@ SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
 # plain: the source [batch, M, K]. swiglu: silu(gate) * up of [batch, M, 2 K]: gate, up. swiglu_gradient: [batch, M, K]: that by gate
-# and up, of the gradient [batch, M, K / 2] of what the SwiGLU makes and gate and up [batch, M, K].
-FORMS = ("plain", "swiglu", "swiglu_gradient")
+# and up, of the gradient [batch, M, K / 2] of what the SwiGLU makes and gate and up [batch, M, K]. heads: [batch, M, K]: the first 128
+# channels of each of K / 256 heads of one array, then of another, [batch, M, K / 256, channels].
+FORMS = ("plain", "swiglu", "swiglu_gradient", "heads")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Job:
     form: str = "plain"  # what is quantised, of FORMS
     scaled: bool = False  # the source is in 1x128 tiles, its scale [batch, blocks, M] comes with it
     weighted: bool = False  # a factor a row [batch, M] comes last
+    channels: tuple[int, ...] = ()  # of a head, in each of the arrays of heads
     rows: str | None = None  # format of the copy that keeps the layout
     columns: bool = False  # E4M3 copy as [K, M]
     block: bool = False  # one scale per 128 x 128 instead of 1 x 128 and 128 x 1
@@ -60,6 +62,8 @@ def unfit(job: Job) -> str:
         return f"{job.K} columns: must be a multiple of {128 if job.K % 8 == 0 else 8}"
     if job.form == "swiglu_gradient" and (job.K % 256 or job.source != "bfloat16"):
         return f"{job.K // 2} columns of {job.source}: must be a multiple of 128, in bfloat16"
+    if job.form == "heads" and (any(n % 8 for n in job.channels) or job.source != "bfloat16"):
+        return f"heads of {job.channels} channels of {job.source}: must be multiples of 8, in bfloat16"
     if job.columns and job.M % 16:
         return f"{job.M} rows: must be a multiple of 16 for a transposed copy"
     if job.source not in ("bfloat16", "float16", "float32", "float8_e4m3fn"):
@@ -90,13 +94,8 @@ def _body(job: Job, tuning: tuned.Tuning, operands: int):
         source = Source(e, job, gmem, smem, dots_gmem)
 
         def place(block):
-            """Batch, row tile and column tile of a block of 128 x 128."""
-            if job.form == "swiglu_gradient":  # the gate's and the up's tile of the same columns are neighbours
-                half, block = e.rem(block, 2), e.div(block, 2)
-                of_half = k_tiles // 2
-                return (e.div(block, of_half * m_tiles), e.rem(e.div(block, of_half), m_tiles),
-                        e.add(e.mul(half, of_half), e.rem(block, of_half)))
-            return e.div(block, k_tiles * m_tiles), e.rem(e.div(block, k_tiles), m_tiles), e.rem(block, k_tiles)
+            # the gate's and the up's tile of the same columns are neighbours
+            return walk.place(e, block, m_tiles, k_tiles, tuning.walk, halves=2 if job.form == "swiglu_gradient" else 1)
 
         def share_of(block, exists, thread, stage):
             batch, tile_m, tile_k = place(block)

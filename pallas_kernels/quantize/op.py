@@ -5,6 +5,7 @@
 | `quantize_tiles` | tiles 1x128, 128x1, 128x128 | activations and gradients; operands of a weight gradient; weights |
 | `quantize_both` | 1x128 and 128x1 in one read | a gradient: the dgrad wants rows, the weight gradient columns |
 | `requantize_tiles` | 1x128 (E4M3 or E5M6) -> other tiles, E4M3 | the cached input, for the weight gradient |
+| `quantize_heads` | that of heads cut from two arrays, never joined | MLA: the gradient of k and v by what makes them |
 | `quantize_weight` | 128x128 blocks, and the transposed copy, in one read | a weight: forward and dgrad |
 | `swiglu_quantize` | silu(gate) * up, rows weighted or not, then tiles, from bf16 or cached FP8 | forward; recomputation |
 | `swiglu_gradient` | the gradient of that by gate and up, 1x128 and 128x1, and by the weights | backward |
@@ -51,13 +52,16 @@ def _check_scale(q: jax.Array, scale: jax.Array, tile: tuple[int, int]) -> None:
 def _run(
     op: str, implementation: str, x: jax.Array, scale: jax.Array | None = None, *others: jax.Array, form: str = "plain", **what
 ) -> list[jax.Array] | None:
-    """The kernel's outputs as the functions show them, or None where the reference has to do it. others: [..., M, columns] or [..., M]."""
-    *lead, M, K = x.shape
-    batch, K = math.prod(lead), dict(swiglu=K // 2, swiglu_gradient=2 * K).get(form, K)
+    """The kernel's outputs as the functions show them, or None where the reference has to do it. x [..., M, columns], of heads [..., M, H,
+    channels]; others lead with [..., M] too."""
+    lead = x.shape[:-3 if form == "heads" else -2]
+    M, *columns = x.shape[len(lead):]
+    batch, K = math.prod(lead), math.prod(columns)
+    K = dict(swiglu=K // 2, swiglu_gradient=2 * K, heads=columns[0] * 256).get(form, K)
     job = kernel.Job(batch, M, K, x.dtype.name, form, scaled=scale is not None, **what)
     if choose(op, implementation, kernel.unfit(job)) == "reference":
         return None
-    others = [x.reshape(batch, *x.shape[len(lead):]) for x in (x, *others)]
+    others = [x.reshape(batch, M, *x.shape[len(lead) + 1:]) for x in (x, *others)]
     operands = others if scale is None else [others[0], scale.mT.reshape(batch, -1, M), *others[1:]]
     return [o.reshape(*lead, *o.shape[1:]) for o in kernel.quantize(job, tuned.pick(job), *operands)]
 
@@ -92,6 +96,25 @@ def quantize_both(
     if out := _run("quantize_both", implementation, x, rows="e4m3", columns=True, power_of_two=power_of_two):
         return (out[0], out[1].mT), (out[2].mT, out[3])
     return tuple(reference.quantize_tiles(x, tile, "e4m3", power_of_two) for tile in ((1, 128), (128, 1)))
+
+
+def quantize_heads(
+    parts: tuple[jax.Array, jax.Array], widths: tuple[int, int], *, implementation: str = "auto"
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """`quantize_both` of heads that are never joined: of each of the H heads of parts [..., M, H, C0] and [..., M, H, C1] the first
+    widths[0] and widths[1] channels, [..., M, H * (widths[0] + widths[1])]. MLA: the gradient of what k and v are made of."""
+    first, second = parts
+    if first.ndim < 3 or first.shape[:-1] != second.shape[:-1] or 0 in first.shape or first.dtype != second.dtype:
+        raise ValueError(f"parts {first.dtype}{first.shape}, {second.dtype}{second.shape}: must be [..., M, H, channels] of one dtype")
+    if first.dtype not in FLOATS or any(not 0 < n <= part.shape[-1] for n, part in zip(widths, parts, strict=True)):
+        raise ValueError(f"widths={widths} of {first.dtype}{first.shape} and {second.shape}: must be channels of floats that are there")
+    if tuple(widths) != (128, 128):
+        choose("quantize_heads", implementation, f"heads of {widths} channels: the kernel takes 128 and 128")
+    elif out := _run("quantize_heads", implementation, first, None, second, form="heads", channels=(first.shape[-1], second.shape[-1]),
+                     rows="e4m3", columns=True):
+        return (out[0], out[1].mT), (out[2].mT, out[3])
+    x = reference.join_heads(parts, widths)
+    return tuple(reference.quantize_tiles(x, tile, "e4m3", False) for tile in ((1, 128), (128, 1)))
 
 
 def quantize_weight(

@@ -107,3 +107,9 @@ def swiglu_gradient(d_hidden: jax.Array, gate_up: jax.Array, weights: jax.Array 
     silu = gate * s
     x = jnp.concatenate([d * (up * (s + silu * (1 - s))), d * silu], axis=-1)
     return (x, None) if weights is None else (x * weights[..., None], jnp.sum(d * (silu * up), axis=-1))
+
+
+def join_heads(parts: tuple[jax.Array, ...], widths: tuple[int, ...]) -> jax.Array:
+    """The first widths[i] channels of each head of parts[i] [..., M, H, at least widths[i]] side by side: [..., M, H * sum(widths)]."""
+    joined = jnp.concatenate([part[..., :width] for part, width in zip(parts, widths, strict=True)], axis=-1)
+    return joined.reshape(*joined.shape[:-2], -1)

@@ -6,8 +6,9 @@ the bits of the largest magnitudes of the rows and columns of the tile that the 
 import dataclasses
 
 import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, math, scf
+from jaxlib.mlir.dialects import arith, llvm, math, scf
 
 from pallas_kernels.quantize.emit import QuantizeEmit
 from pallas_kernels.quantize.reference import ceil_div
@@ -108,7 +109,7 @@ class Source:
         self.e, self.job, self.smem, self.dots = e, job, smem, dots
         self.x, *rest = gmem
         self.scale = rest.pop(0) if job.scaled else None
-        self.gate_up = rest.pop(0) if job.form == "swiglu_gradient" else None
+        self.other = rest.pop(0) if job.form in ("swiglu_gradient", "heads") else None  # gate and up; the heads' second array
         self.weights = rest.pop(0) if job.weighted else None
         self.itemsize = jnp.dtype(job.source).itemsize
         self.pieces = 2 if job.form == "swiglu" else 1
@@ -135,6 +136,18 @@ class Source:
             element = e.element(share.at_row[i], self.width, e.add(share.col0, piece * self.job.K))
             words.append(e.load_values(e.pointer(self.x, element, itemsize), 8 * itemsize, share.live[i]))
         return words.__getitem__
+
+    def _rows_of_heads(self, share: Share):
+        """The ROWS x 4 words of a column tile: a head's channels in the first array or in the second."""
+        e, heads = self.e, self.job.K // 256
+        second, head = e.rem(share.tile_k, 2), e.div(share.tile_k, 2)
+        is_first = e.less(second, 1)
+        ref = arith.select(is_first, *(llvm.ptrtoint(e.i64, utils.memref_ptr(ref)) for ref in (self.x, self.other)))
+        width = arith.select(is_first, *map(e.int, self.job.channels))
+        pitch, column = arith.extsi(e.i64, e.mul(width, heads)), arith.extsi(e.i64, e.add(arith.muli(head, width), share.column))
+        two = arith.constant(e.i64, ir.IntegerAttr.get(e.i64, 2))
+        elements = [arith.addi(arith.muli(arith.extsi(e.i64, row), pitch), column) for row in share.at_row]
+        return [e.load(arith.addi(ref, arith.muli(element, two)), 4, live) for element, live in zip(elements, share.live, strict=True)]
 
     def _scales(self, share: Share, piece: int):
         e, job = self.e, self.job
@@ -184,8 +197,8 @@ class Source:
         def load(ref, pitch, col, live):
             return [e.load16(e.pointer(ref, e.element(row, pitch, col), 2), lives) for row, lives in zip(share.at_row, live, strict=True)]
 
-        gate, d = load(self.gate_up, job.K, col, share.live), load(self.x, F, col, share.live)
-        up = load(self.gate_up, job.K, e.add(col, F), [arith.andi(live, of_gate) for live in share.live])
+        gate, d = load(self.other, job.K, col, share.live), load(self.x, F, col, share.live)
+        up = load(self.other, job.K, e.add(col, F), [arith.andi(live, of_gate) for live in share.live])
         made = scf.IfOp(of_gate, [e.f32] * (ROWS * 8 + (ROWS if weight else 0)), has_else=True)
         with ir.InsertionPoint(made.then_block):
             x, dots = [], [e.float(0.0)] * ROWS if weight else []
@@ -227,6 +240,8 @@ class Source:
     def values(self, share: Share) -> Floats | Packed:
         if self.job.form == "swiglu_gradient":
             return self._gradient(share)
+        if self.job.form == "heads":
+            return Packed(self.e, self._rows_of_heads(share))
         if self.job.source == "bfloat16" and self.job.form == "plain":
             return Packed(self.e, list(map(self._packed_rows(share), range(ROWS))))
         return Floats(self.e, list(self.rows(share)))

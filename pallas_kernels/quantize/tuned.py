@@ -9,6 +9,7 @@ class Tuning:
     tiles: int = 1  # of 128 x 128 that a block works on side by side, 512 threads each
     stages: int = 0  # tiles on their way to SMEM by TMA, the grid persistent; 0: a block a tile, from GMEM to registers
     workers: int = 264  # of 512 threads, in the persistent grid
+    walk: int = 0  # row tiles of a band, walked in every column tile before the next (0 is 1: along the columns; negative: all rows)
 
 
 # PAIR where more than 64 registers a thread would be used: for 1024 threads ptxas has no more, and it takes 32 warps a
