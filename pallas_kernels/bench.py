@@ -25,7 +25,7 @@ from pallas_kernels.gate import route, route_backward
 from pallas_kernels.gate.reference import Rule
 from pallas_kernels.latent_norm import latent_norm, latent_norm_backward
 from pallas_kernels.norm import rms_norm, rms_norm_backward
-from pallas_kernels.quantize.reference import join_heads, swiglu, swiglu_gradient
+from pallas_kernels.quantize.reference import join_heads, rotate_back, swiglu, swiglu_gradient
 from pallas_kernels.rows import gather, gather_sum, weighted_backward
 from pallas_kernels.target import is_hopper
 
@@ -254,7 +254,7 @@ def quantisation(m: int, k: int):
 
 
 def fused_gradients(m: int, k: int):
-    """Gradients [m, k] quantised both ways as they are made: of SwiGLU, of MLA's k and v; XLA's side writes them in bf16 first."""
+    """Gradients [m, k] quantised both ways as they are made: of SwiGLU, of MLA's k and v and q; XLA's side writes them in bf16 first."""
     weights, d_hidden, gate_up, heads = jnp.ones(m), random(m, k // 2), random(m, k), tuple(random(m, k // 256, n) for n in (192, 128))
 
     def written(rows, columns, *rest):
@@ -274,6 +274,9 @@ def fused_gradients(m: int, k: int):
     yield Case("quantise swiglu gradient", f"{m} x {k}", gradient, operands, 0, moved, baseline=(apart, operands))
     yield Case("quantise heads", f"{m} x {k}", lambda *parts: written(*quantize.quantize_heads(parts, (128, 128))), heads, 0,
                4 * m * k + 8 * m * k / 128, baseline=(lambda *parts: written(*both(join_heads(parts, (128, 128)))), heads))
+    rotated, n = (heads[0], jnp.cos(jnp.ones((m, 32))), jnp.sin(jnp.ones((m, 32)))), heads[0].size
+    yield Case("quantise rotated", f"{m} x {n // m}", lambda *a: written(*quantize.quantize_rotated_back(*a)), rotated, 0,
+               4 * n + 8 * n / 128 + 256 * m, baseline=(lambda *a: written(*both(rotate_back(*a))), rotated))
     yield Case("quantise swiglu, weighted", f"{m} x {k}", lambda x, w: (lambda q, s: (q, s.T))(*quantize.swiglu_quantize(x, weights=w)),
                (gate_up, weights), 0, 2.5 * m * k + 2 * m * k / 128 + 4 * m)
 

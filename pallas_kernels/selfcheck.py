@@ -43,6 +43,8 @@ def _cases() -> Iterator[tuple]:
     yield "SwiGLU, backward", quantize.swiglu_gradient, (x[::-1, :128], x[:, :256], jnp.linspace(-1, 1, 400)), {}
     heads = w.reshape(272, 2, 768)[:, :, :192], w.reshape(272, 2, 768)[:, :, 192:320]
     yield "heads cut, 1x128 and 128x1", quantize.quantize_heads, (heads,), dict(widths=(128, 128))
+    rotation = jnp.cos(jnp.ones((272, 32))), jnp.sin(jnp.ones((272, 32)))
+    yield "heads rotated, 1x128 and 128x1", quantize.quantize_rotated_back, (heads[0], *rotation), {}
     yield "FP8 product", fp8_matmul.matmul, (*rows, *block), {}
     yield "FP8 product, 64 rows", fp8_matmul.matmul, (*(v[:64] for v in rows), *block), {}
     yield "FP8 weight gradient", fp8_matmul.weight_gradient, (*h_columns, *x_columns), dict(accumulate=dense)

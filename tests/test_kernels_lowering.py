@@ -98,6 +98,8 @@ KERNELS = {
            (S((272, 512), BF16), S((272, 1024), BF16), *[S((272,), F32)] * weighted)) for weighted in (False, True)},
     "quantise heads": (lambda k, v: quantize.quantize_heads((k, v), (128, 128), implementation="kernel"),
                        (S((272, 4, 192), BF16), S((272, 4, 128), BF16))),
+    "quantise rotated": (functools.partial(quantize.quantize_rotated_back, implementation="kernel"),
+                         (S((272, 4, 192), BF16), *[S((272, 32), F32)] * 2)),
     "rows, gather": (functools.partial(gather, implementation="kernel"), (S((4096, 1024), BF16), S((20480,), I32))),
     "rows, gather bytes": (functools.partial(gather, implementation="kernel"), (S((300, 7168), jnp.uint8), S((900,), I32))),
     "rows, sum of 4": (functools.partial(gather_sum, implementation="kernel"),

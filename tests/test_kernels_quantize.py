@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from model.rope import rotate_tail
 from pallas_kernels import quantize
 from pallas_kernels.quantize import kernel, reference, tuned, walk
 
@@ -186,6 +187,32 @@ def test_heads_cut_from_two_arrays_are_quantised_as_if_joined(rng, m, h, channel
         quantize.quantize_heads(parts, (widths[0], channels[1] + 1))
 
 
+def turned_back(x, cos, sin):
+    """The gradient of the model's rotation, [M, H, C] -> [M, H * C]."""
+    back = jax.vjp(lambda x: rotate_tail(x, (cos[None], sin[None])), jnp.zeros_like(x[None]))[1](x[None])[0]
+    return back.reshape(x.shape[0], -1)
+
+
+def angles(m, rotated):
+    of_pairs = jnp.arange(m, dtype=jnp.float32)[:, None] * 100.0 ** -jnp.linspace(0, 1, rotated // 2)[None]
+    return jnp.cos(of_pairs), jnp.sin(of_pairs)
+
+
+@pytest.mark.parametrize("m, h, channels, rotated", [(40, 3, 24, 8), (144, 2, 192, 64), (7, 1, 6, 6)])
+def test_heads_rotated_back_are_quantised_as_in_two_steps(rng, m, h, channels, rotated):
+    x, (cos, sin) = jnp.asarray(rng.standard_normal((m, h, channels)), jnp.bfloat16), angles(m, rotated)
+    same_bytes(quantize.quantize_rotated_back(x, cos, sin), quantize.quantize_both(turned_back(x, cos, sin)))
+    want, (c, s) = np.asarray(x, np.float64), (np.asarray(v, np.float64)[:, None] for v in (cos, sin))
+    even, odd = want[..., channels - rotated::2].copy(), want[..., channels - rotated + 1::2].copy()
+    want[..., channels - rotated::2], want[..., channels - rotated + 1::2] = even * c + odd * s, odd * c - even * s
+    got = np.asarray(reference.rotate_back(x, cos, sin), np.float64)
+    np.testing.assert_allclose(got, want.reshape(m, -1), rtol=2.0**-8, atol=1e-6)
+    batched = quantize.quantize_rotated_back(*(jnp.stack([v, v]) for v in (x, cos, sin)))
+    same_bytes(jax.tree.map(lambda v: v[1], batched), quantize.quantize_rotated_back(x, cos, sin))
+    with pytest.raises(ValueError, match="must be float32"):
+        quantize.quantize_rotated_back(x, cos[1:], sin)
+
+
 def test_only_cached_columns_in_rows_of_16_bytes_are_read_ahead_and_fit_the_memory_of_a_block():
     def job(k, **what):
         return kernel.Job(1, 4096, k, **(dict(source="float8_e4m3fn", scaled=True, columns=True) | what))
@@ -239,6 +266,16 @@ def test_heads_are_quantised_by_the_kernel_as_by_the_reference_bit_for_bit(m, h)
     got, want = (jax.jit(functools.partial(quantize.quantize_heads, widths=(128, 128), implementation=i))(parts)
                  for i in ("kernel", "reference"))
     same_bytes(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m, h, channels, rotated", [(144, 3, 24, 8), (4096, 16, 192, 64), (272, 4, 160, 32), (16, 1, 8, 8)])
+def test_heads_are_rotated_back_by_the_kernel_as_in_two_steps_bit_for_bit(m, h, channels, rotated):
+    x, (cos, sin) = random_of(0, m, h, channels).at[3, :, 5].set(0), angles(m, rotated)
+    got, want = (jax.jit(functools.partial(quantize.quantize_rotated_back, implementation=i))(x, cos, sin) for i in ("kernel", "reference"))
+    same_bytes(got, want)
+    apart = jax.jit(turned_back)(x, cos, sin)
+    same_bytes(got, jax.jit(functools.partial(quantize.quantize_both, implementation="kernel"))(apart))
 
 
 @pytest.mark.parametrize("arguments, message", [

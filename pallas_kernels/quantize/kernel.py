@@ -29,8 +29,9 @@ SCALAR = plgpu.Layout.WG_SPLAT(())
 
 # plain: the source [batch, M, K]. swiglu: silu(gate) * up of [batch, M, 2 K]: gate, up. swiglu_gradient: [batch, M, K]: that by gate
 # and up, of the gradient [batch, M, K / 2] of what the SwiGLU makes and gate and up [batch, M, K]. heads: [batch, M, K]: the first 128
-# channels of each of K / 256 heads of one array, then of another, [batch, M, K / 256, channels].
-FORMS = ("plain", "swiglu", "swiglu_gradient", "heads")
+# channels of each of K / 256 heads of one array, then of another, [batch, M, K / 256, channels]. rotated: [batch, M, K] in heads, the
+# last channels of each turned back by cos and sin [batch, M, half as many].
+FORMS = ("plain", "swiglu", "swiglu_gradient", "heads", "rotated")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Job:
     form: str = "plain"  # what is quantised, of FORMS
     scaled: bool = False  # the source is in 1x128 tiles, its scale [batch, blocks, M] comes with it
     weighted: bool = False  # a factor a row [batch, M] comes last
-    channels: tuple[int, ...] = ()  # of a head, in each of the arrays of heads
+    channels: tuple[int, ...] = ()  # of a head: in each of the arrays; rotated: all, those turned back
     rows: str | None = None  # format of the copy that keeps the layout
     columns: bool = False  # E4M3 copy as [K, M]
     block: bool = False  # one scale per 128 x 128 instead of 1 x 128 and 128 x 1
@@ -62,7 +63,7 @@ def unfit(job: Job) -> str:
         return f"{job.K} columns: must be a multiple of {128 if job.K % 8 == 0 else 8}"
     if job.form == "swiglu_gradient" and (job.K % 256 or job.source != "bfloat16"):
         return f"{job.K // 2} columns of {job.source}: must be a multiple of 128, in bfloat16"
-    if job.form == "heads" and (any(n % 8 for n in job.channels) or job.source != "bfloat16"):
+    if job.form in ("heads", "rotated") and (any(n % 8 for n in job.channels) or job.source != "bfloat16"):
         return f"heads of {job.channels} channels of {job.source}: must be multiples of 8, in bfloat16"
     if job.columns and job.M % 16:
         return f"{job.M} rows: must be a multiple of 16 for a transposed copy"
@@ -130,7 +131,7 @@ def _body(job: Job, tuning: tuned.Tuning, operands: int):
                     store_row(i, [arith.mulf(v, inverse) for v in x])
                 return
             x = source.values(at)
-            if job.form == "swiglu_gradient":  # takes all registers that there are
+            if job.form in ("swiglu_gradient", "rotated"):  # that took all registers there are
                 at = share_of(e.anew(block), exists, e.anew(own_thread), stage)
                 if job.dots:
                     source.store_dots(at, x.dots)

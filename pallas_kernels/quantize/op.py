@@ -6,6 +6,7 @@
 | `quantize_both` | 1x128 and 128x1 in one read | a gradient: the dgrad wants rows, the weight gradient columns |
 | `requantize_tiles` | 1x128 (E4M3 or E5M6) -> other tiles, E4M3 | the cached input, for the weight gradient |
 | `quantize_heads` | that of heads cut from two arrays, never joined | MLA: the gradient of k and v by what makes them |
+| `quantize_rotated_back` | that of heads rotated back on their way | MLA: the gradient of q by what makes it |
 | `quantize_weight` | 128x128 blocks, and the transposed copy, in one read | a weight: forward and dgrad |
 | `swiglu_quantize` | silu(gate) * up, rows weighted or not, then tiles, from bf16 or cached FP8 | forward; recomputation |
 | `swiglu_gradient` | the gradient of that by gate and up, 1x128 and 128x1, and by the weights | backward |
@@ -54,7 +55,7 @@ def _run(
 ) -> list[jax.Array] | None:
     """The kernel's outputs as the functions show them, or None where the reference has to do it. x [..., M, columns], of heads [..., M, H,
     channels]; others lead with [..., M] too."""
-    lead = x.shape[:-3 if form == "heads" else -2]
+    lead = x.shape[:-3 if form in ("heads", "rotated") else -2]
     M, *columns = x.shape[len(lead):]
     batch, K = math.prod(lead), math.prod(columns)
     K = dict(swiglu=K // 2, swiglu_gradient=2 * K, heads=columns[0] * 256).get(form, K)
@@ -114,6 +115,23 @@ def quantize_heads(
                      rows="e4m3", columns=True):
         return (out[0], out[1].mT), (out[2].mT, out[3])
     x = reference.join_heads(parts, widths)
+    return tuple(reference.quantize_tiles(x, tile, "e4m3", False) for tile in ((1, 128), (128, 1)))
+
+
+def quantize_rotated_back(
+    x: jax.Array, cos: jax.Array, sin: jax.Array, *, implementation: str = "auto"
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """`quantize_both` of heads x [..., M, H, C] whose last R channels are rotated back by cos, sin f32 [..., M, R/2], as [..., M, H * C];
+    the values are rounded to x's dtype between, so the result is that of the two steps. MLA: the gradient of q by what makes it."""
+    rotated = 2 * cos.shape[-1]
+    if x.ndim < 3 or 0 in x.shape or x.dtype not in FLOATS or not 0 < rotated <= x.shape[-1]:
+        raise ValueError(f"x {x.dtype}{x.shape}, cos {cos.shape}: must be floats [..., M, H, C] and [..., M, R/2]")
+    if any(part.shape != (*x.shape[:-2], rotated // 2) or part.dtype != jnp.float32 for part in (cos, sin)):
+        raise ValueError(f"cos {cos.dtype}{cos.shape}, sin {sin.dtype}{sin.shape}: must be float32{(*x.shape[:-2], rotated // 2)}")
+    if out := _run("quantize_rotated_back", implementation, x, None, cos, sin, form="rotated", channels=(x.shape[-1], rotated),
+                   rows="e4m3", columns=True):
+        return (out[0], out[1].mT), (out[2].mT, out[3])
+    x = reference.rotate_back(x, cos, sin)
     return tuple(reference.quantize_tiles(x, tile, "e4m3", False) for tile in ((1, 128), (128, 1)))
 
 

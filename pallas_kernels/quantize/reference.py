@@ -113,3 +113,14 @@ def join_heads(parts: tuple[jax.Array, ...], widths: tuple[int, ...]) -> jax.Arr
     """The first widths[i] channels of each head of parts[i] [..., M, H, at least widths[i]] side by side: [..., M, H * sum(widths)]."""
     joined = jnp.concatenate([part[..., :width] for part, width in zip(parts, widths, strict=True)], axis=-1)
     return joined.reshape(*joined.shape[:-2], -1)
+
+
+def rotate_back(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """x [..., M, H, C], neighbouring pairs of its last R channels rotated by cos, sin f32 [..., M, R/2] the other way, in float32: the
+    gradient of a rotation. Rounded to x's dtype: [..., M, H * C]."""
+    cut = x.shape[-1] - 2 * cos.shape[-1]
+    pairs = x[..., cut:].astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    (even, odd), (cos, sin) = (pairs[..., 0], pairs[..., 1]), (cos[..., None, :], sin[..., None, :])
+    back = jnp.stack([even * cos + odd * sin, odd * cos - even * sin], axis=-1).reshape(*x.shape[:-1], -1)
+    back = lax.reduce_precision(back, jnp.finfo(x.dtype).nexp, jnp.finfo(x.dtype).nmant)  # XLA may drop a cast there and back
+    return jnp.concatenate([x[..., :cut], back.astype(x.dtype)], axis=-1).reshape(*x.shape[:-2], -1)

@@ -110,6 +110,7 @@ class Source:
         self.x, *rest = gmem
         self.scale = rest.pop(0) if job.scaled else None
         self.other = rest.pop(0) if job.form in ("swiglu_gradient", "heads") else None  # gate and up; the heads' second array
+        self.cos, self.sin = (rest.pop(0), rest.pop(0)) if job.form == "rotated" else (None, None)
         self.weights = rest.pop(0) if job.weighted else None
         self.itemsize = jnp.dtype(job.source).itemsize
         self.pieces = 2 if job.form == "swiglu" else 1
@@ -137,6 +138,12 @@ class Source:
             words.append(e.load_values(e.pointer(self.x, element, itemsize), 8 * itemsize, share.live[i]))
         return words.__getitem__
 
+    def _load16(self, share: Share, ref, itemsize: int, pitch: int, column, live=None):
+        """16 bytes of each row from a column on, under way in this order; zeros unless `live`."""
+        e, lives = self.e, [row if live is None else arith.andi(row, live) for row in share.live]
+        return [e.load16(e.pointer(ref, e.element(row, pitch, column), itemsize), row_lives)
+                for row, row_lives in zip(share.at_row, lives, strict=True)]
+
     def _rows_of_heads(self, share: Share):
         """The ROWS x 4 words of a column tile: a head's channels in the first array or in the second."""
         e, heads = self.e, self.job.K // 256
@@ -148,6 +155,27 @@ class Source:
         two = arith.constant(e.i64, ir.IntegerAttr.get(e.i64, 2))
         elements = [arith.addi(arith.muli(arith.extsi(e.i64, row), pitch), column) for row in share.at_row]
         return [e.load(arith.addi(ref, arith.muli(element, two)), 4, live) for element, live in zip(elements, share.live, strict=True)]
+
+    def _rotated_rows(self, share: Share):
+        """The ROWS x 4 words of neighbouring pairs, turned back where a head's last channels are. 8 columns are turned or not; in a branch,
+        so that all loads are under way before the first use."""
+        e, (channels, turned) = self.e, self.job.channels
+        channel = e.rem(share.col0, channels)
+        is_turned, pair = e.less(e.int(channels - turned - 1), channel), e.div(e.add(channel, turned - channels), 2)
+        words = self._load16(share, self.x, 2, self.job.K, share.col0)
+        cos, sin = (self._load16(share, ref, 4, turned // 2, pair, is_turned) for ref in (self.cos, self.sin))
+        made = scf.IfOp(is_turned, [e.i32] * (ROWS * 4), has_else=True)
+        with ir.InsertionPoint(made.then_block):
+            back = []
+            for word, c, s in zip(*(sum(rows, []) for rows in (words, cos, sin)), strict=True):
+                (even, odd), c, s = e.floats([word], "bfloat16"), e.to_float(c), e.to_float(s)
+                pair = arith.addf(arith.mulf(even, c), arith.mulf(odd, s)), arith.subf(arith.mulf(odd, c), arith.mulf(even, s))
+                back += e.words(pair, "bfloat16")
+            scf.yield_(back)
+        with ir.InsertionPoint(made.else_block):
+            scf.yield_(sum(words, []))
+        back = list(made.results)
+        return [back[4 * i:4 * i + 4] for i in range(ROWS)]
 
     def _scales(self, share: Share, piece: int):
         e, job = self.e, self.job
@@ -194,11 +222,8 @@ class Source:
         col = arith.select(of_gate, share.col0, e.add(share.col0, -F))
         weight = self._weights(share) if job.weighted else None
 
-        def load(ref, pitch, col, live):
-            return [e.load16(e.pointer(ref, e.element(row, pitch, col), 2), lives) for row, lives in zip(share.at_row, live, strict=True)]
-
-        gate, d = load(self.other, job.K, col, share.live), load(self.x, F, col, share.live)
-        up = load(self.other, job.K, e.add(col, F), [arith.andi(live, of_gate) for live in share.live])
+        gate, d = self._load16(share, self.other, 2, job.K, col), self._load16(share, self.x, 2, F, col)
+        up = self._load16(share, self.other, 2, job.K, e.add(col, F), of_gate)
         made = scf.IfOp(of_gate, [e.f32] * (ROWS * 8 + (ROWS if weight else 0)), has_else=True)
         with ir.InsertionPoint(made.then_block):
             x, dots = [], [e.float(0.0)] * ROWS if weight else []
@@ -240,8 +265,8 @@ class Source:
     def values(self, share: Share) -> Floats | Packed:
         if self.job.form == "swiglu_gradient":
             return self._gradient(share)
-        if self.job.form == "heads":
-            return Packed(self.e, self._rows_of_heads(share))
+        if self.job.form in ("heads", "rotated"):
+            return Packed(self.e, self._rows_of_heads(share) if self.job.form == "heads" else self._rotated_rows(share))
         if self.job.source == "bfloat16" and self.job.form == "plain":
             return Packed(self.e, list(map(self._packed_rows(share), range(ROWS))))
         return Floats(self.e, list(self.rows(share)))
