@@ -20,10 +20,11 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo
 
 from model import block_attention, precision
+from model.after_linear import KeysValues, Rotated
 from model.dtypes import at_least_f32
 from model.errors import freeze, require
 from model.norm import norm_param, rms_norm, split_rms_norm
-from model.rope import rotate, rotate_tail
+from model.rope import rotate
 from model.sharding import constrain, normal, param
 
 LATENT_EPS = 1e-6  # of the norms of c^Q and c^KV in all published models, whatever their norm_eps (Moonlight's is 1e-5)
@@ -200,11 +201,11 @@ def latent_heads(module: nn.Module, a: MLA, x_BTD, layout: Layout, cache, tape):
 
     if a.q_lora_rank:
         c_q, c, k_rope = _latents(x_BTD, (w_q_down, w_kv_down), (q_norm, kv_norm), run, tape)
-        q = precision.linear(tape.probe("mla", "c_q", c_q), w_q_up, run, "mla/q_up", tape)
+        queries = tape.probe("mla", "c_q", c_q), w_q_up, run, "mla/q_up"
     else:
         c, k_rope = split_rms_norm(precision.linear(x_BTD, w_kv_down, run, "mla/kv_down", tape), (kv_norm,), LATENT_EPS)
-        q = precision.linear(x_BTD, w_q, run, "mla/q", tape)
-    q_BTHK = rotate_tail(q.reshape(B, T, a.n_heads, a.qk_head_dim), layout.rotation)
+        queries = x_BTD, w_q, run, "mla/q"
+    q_BTHK = precision.linear_then(Rotated(a.n_heads), *queries, tape, *layout.rotation)
     c = tape.probe("mla", "c_kv", c)
     k_rope = rotate(k_rope[:, :, None], layout.rotation)[:, :, 0]
     if cache is not None:
@@ -216,9 +217,7 @@ def latent_heads(module: nn.Module, a: MLA, x_BTD, layout: Layout, cache, tape):
         q_nope, q_rope = jnp.split(q_BTHK, [a.qk_nope_head_dim], axis=-1)
         out = _absorbed(q_nope, q_rope, c, k_rope, precision.raw(w_kv_up, x_BTD.dtype), layout.mask, scale, a)
     else:
-        kv = precision.linear(c, w_kv_up, run, "mla/kv_up", tape).reshape(B, c.shape[1], a.n_heads, -1)
-        k_nope, v = jnp.split(kv, [a.qk_nope_head_dim], axis=-1)
-        k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], a.qk_rope_head_dim))], axis=-1)
+        k, v = precision.linear_then(KeysValues(a.n_heads, a.qk_nope_head_dim), c, w_kv_up, run, "mla/kv_up", tape, k_rope)
         out = core(q_BTHK, k, v, layout, scale, run)
     return tape.probe("mla", "core", out).reshape(B, T, a.n_heads * a.v_head_dim), cache
 
