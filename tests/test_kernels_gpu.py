@@ -150,22 +150,6 @@ def test_cached_tiles_are_turned_bit_for_bit_at_any_size_and_beside_other_batche
         same(got, want)
 
 
-@pytest.mark.parametrize("lead, heads", [((2, 144), 3), ((4096,), 16), ((16,), 1)], ids=str)
-def test_heads_cut_joined_and_rotated_back_on_their_way_are_quantised_bit_for_bit(lead, heads):
-    def both(function, *operands, **what):
-        got, again, want = (jax.tree.leaves(jax.jit(functools.partial(function, implementation=i, **what))(*operands))
-                            for i in ("kernel", "kernel", "reference"))
-        same(got, again)
-        same(got, want)
-
-    k, v = random(0, *lead, heads, 192).astype(jnp.bfloat16), random(1, *lead, heads, 128).astype(jnp.bfloat16)
-    k = k.at[..., 3].multiply(1e3).at[..., 5, 0, :].set(0)
-    both(lambda k, v, **what: quantize.quantize_heads((k, v), (128, 128), **what), k, v)
-    angles = 40 * random(2, *lead, 32)
-    both(quantize.quantize_rotated_back, k, jnp.cos(angles), jnp.sin(angles))
-    both(quantize.quantize_rotated_back, v[..., :96], jnp.cos(angles[..., :16]), jnp.sin(angles[..., :16]))
-
-
 def test_no_transpose_is_left_between_quantisation_and_products():
     @jax.jit
     def linear(x, dy, w, w_copy, w_scale):
