@@ -12,17 +12,20 @@ class Tuning:
     walk: int = 0  # row tiles of a band, walked in every column tile before the next (0 is 1: along the columns; negative: all rows)
 
 
-BAND = 8  # row tiles: 1 KB of each column of a 128x1 copy is written at about the same time
-# PAIR where more than 64 registers a thread would be used: for 1024 threads ptxas has no more, and it takes 32 warps a
-# multiprocessor to hide the latency of memory. STAGED for sources of one byte an element.
-ONE, PAIR, STAGED = Tuning(), Tuning(tiles=2), Tuning(tiles=2, stages=2, walk=-1)
+# PAIR where more than 64 registers a thread would be used: for 1024 threads ptxas has no more, and it takes 32 warps a multiprocessor to
+# hide the latency of memory. BANDED where both copies are written: 1 KB of each column of a 128x1 copy is then written at about the same
+# time. STAGED for sources of one byte an element.
+ONE, PAIR, BANDED, STAGED = Tuning(), Tuning(tiles=2), Tuning(tiles=2, walk=8), Tuning(tiles=2, stages=2, walk=-1)
+GRADIENT = PAIR  # of a SwiGLU, whose halves lie side by side
 
 
 def direct(job) -> Tuning:
     """For a `kernel.Job`, without TMA."""
-    tuning = PAIR if job.form != "plain" or job.rows and job.columns and not job.block else ONE
-    banded = job.rows and job.columns and not job.block and job.form != "swiglu_gradient"  # which has no register left for it
-    return dataclasses.replace(tuning, walk=BAND) if banded else tuning
+    if job.form == "swiglu_gradient":
+        return GRADIENT
+    if job.rows and job.columns and not job.block:
+        return BANDED
+    return ONE if job.form == "plain" else PAIR
 
 
 def pick(job) -> Tuning:
