@@ -151,9 +151,10 @@ class Emit:
         return [self.asm(self.i32, f"cvt.rn.{half}.f32 $0, $2, $1;", [lo, hi], "=r,f,f", False)
                 for lo, hi in zip(values[::2], values[1::2], strict=True)]
 
-    def swiglu(self, gate, up):
+    def sigmoid(self, x):
         # With effects, so one after the other: LLVM otherwise starts all and needs twice the registers.
-        power = self.asm(self.f32, "ex2.approx.ftz.f32 $0, $1;",
-                         [arith.mulf(gate, self.float(-1.4426950408889634))], "=f,f")
-        sigmoid = self.asm(self.f32, "rcp.approx.ftz.f32 $0, $1;", [arith.addf(power, self.float(1.0))], "=f,f")
-        return arith.mulf(arith.mulf(gate, sigmoid), up)
+        power = self.asm(self.f32, "ex2.approx.ftz.f32 $0, $1;", [arith.mulf(x, self.float(-1.4426950408889634))], "=f,f")
+        return self.asm(self.f32, "rcp.approx.ftz.f32 $0, $1;", [arith.addf(power, self.float(1.0))], "=f,f")
+
+    def swiglu(self, gate, up):
+        return arith.mulf(arith.mulf(gate, self.sigmoid(gate)), up)

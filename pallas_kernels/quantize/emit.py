@@ -43,11 +43,6 @@ class QuantizeEmit(Emit):
                        [address, arith.extui(self.i32, live)], "=&r,=&r,=&r,=&r,l,r")
         return [llvm.extractvalue(self.i32, out, [i]) for i in range(4)]
 
-    def sigmoid(self, x):
-        # With effects, as in `swiglu`.
-        power = self.asm(self.f32, "ex2.approx.ftz.f32 $0, $1;", [arith.mulf(x, self.float(-1.4426950408889634))], "=f,f")
-        return self.asm(self.f32, "rcp.approx.ftz.f32 $0, $1;", [arith.addf(power, self.float(1.0))], "=f,f")
-
     def either(self, condition, a, b):
         return arith.select(condition, a, b)
 
