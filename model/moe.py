@@ -156,19 +156,21 @@ class MoEFFN(nn.Module):
             x_BTD = x_MD.reshape(B, T, D)
             return dense_ffn(self, x_BTD, m.n_shared_experts * m.d_expert, "moe/shared_", tape, prefix="shared_").reshape(B * T, D)
 
-        def run_experts(rows, quantized, group_sizes, align, weights, w_up, w_down, tape):
-            """What lies between dispatch and combine: rows [M, D] sorted by expert -> rows, times weights f32 [M] if given."""
-            gate_up, hidden = precision.grouped_gate_up(rows, group_sizes, w_up, run, "moe/gate_up", tape, align=align, quantized=quantized,
-                                                        weights=weights)
-            return precision.grouped_down(hidden, group_sizes, w_down, run, "moe/down", tape, align=align, gate_up=gate_up, weights=weights)
-
         readers, stream_MD = (weigh, shared) if m.n_shared_experts else (weigh,), stream_BTD.reshape(B * T, D)
         if _all_experts(run, B * T, m):
             (weights, routing), *more = (read(x_MD) for read in readers)
             out = sum((*more, stream_MD), _masked(x_MD, weights, experts, w_up, w_down, run, tape))
         else:
-            out, routing = expert_parallel.apply(run_experts, readers, (stream_MD,), x_MD, experts, w_up, w_down, self.cfg, run, tape)
+            local = functools.partial(run_experts, run)
+            out, routing = expert_parallel.apply(local, readers, (stream_MD,), x_MD, experts, w_up, w_down, self.cfg, run, tape)
         return out.reshape(B, T, D), routing
+
+
+def run_experts(run, rows, quantized, group_sizes, align, weights, w_up, w_down, tape):
+    """What lies between dispatch and combine: rows [M, D] sorted by expert -> rows, times weights f32 [M] if given."""
+    gate_up, hidden = precision.grouped_gate_up(rows, group_sizes, w_up, run, "moe/gate_up", tape, align=align, quantized=quantized,
+                                                weights=weights)
+    return precision.grouped_down(hidden, group_sizes, w_down, run, "moe/down", tape, align=align, gate_up=gate_up, weights=weights)
 
 
 def gate_logits(x_MD, w_gate):

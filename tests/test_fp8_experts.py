@@ -1,4 +1,5 @@
 """What passes between the products of an FP8 feed-forward network: weighted hidden rows, and gradients that stay FP8 (V3 §3.3.3)."""
+import functools
 import types
 
 import jax
@@ -6,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import expert_parallel, precision, sharding
+from model import expert_parallel, moe, precision, sharding
 from model.config import Execution
 from model.tape import LayerTape, Tape
 from pallas_kernels import quantize, target
@@ -16,13 +17,6 @@ RUN = Execution(precision=precision.Precision("fp8_block"))
 CFG = types.SimpleNamespace(moe=types.SimpleNamespace(n_routed_experts=E, d_expert=F))
 
 
-def run_experts(rows, quantized, group_sizes, align, weights, w_up, w_down, tape):
-    """As in model/moe.py."""
-    gate_up, hidden = precision.grouped_gate_up(rows, group_sizes, w_up, RUN, "moe/gate_up", tape, align=align, quantized=quantized,
-                                                weights=weights)
-    return precision.grouped_down(hidden, group_sizes, w_down, RUN, "moe/down", tape, align=align, gate_up=gate_up, weights=weights)
-
-
 def prepare(masters):
     return tuple(precision.prepare({name: w}, RUN)[name] for name, w in zip(("gate_up", "down"), masters, strict=True))
 
@@ -30,7 +24,8 @@ def prepare(masters):
 def layer(x, weights, masters, prepared, experts, tape):
     """The routed experts alone, with their shared step in FP8."""
     w = [copy._replace(master=master) for copy, master in zip(prepared, masters, strict=True)]
-    return expert_parallel.apply(run_experts, (lambda x: (weights, None),), (), x, experts, *w, CFG, RUN, tape)[0]
+    local = functools.partial(moe.run_experts, RUN)
+    return expert_parallel.apply(local, (lambda x: (weights, None),), (), x, experts, *w, CFG, RUN, tape)[0]
 
 
 def exact(x, weights, masters, experts):
